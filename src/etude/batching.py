@@ -1,0 +1,158 @@
+"""Examples in, passes out: what one forward and backward computes.
+
+A packed pass holds several examples in one row without padding, and every shared beginning
+(system prompt, instruction) once. The examples form a tree of tokens: each token attends to its
+own ancestors only, and its position is its depth. So nothing differs from the examples one by
+one but the work that is saved.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from etude.conversation import Example
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The tensors of one forward.
+
+    Attributes:
+        input_ids: [rows, tokens].
+        position_ids: [rows, tokens], depth of each token in its own example.
+        attention_mask: [rows, tokens] of 0/1, or additive [1, 1, tokens, tokens] of 0/-inf.
+        keep: [kept], positions at which logits are needed.
+        row, column: [targets], which row, and which entry of `keep`, predicts each target.
+        target: [targets], the token ids to be predicted.
+        owner: [targets], the index of the example that each target belongs to.
+    """
+
+    input_ids: "torch.Tensor"
+    position_ids: "torch.Tensor"
+    attention_mask: "torch.Tensor"
+    keep: "torch.Tensor"
+    row: "torch.Tensor"
+    column: "torch.Tensor"
+    target: "torch.Tensor"
+    owner: "torch.Tensor"
+
+    def to(self, device: str, dtype: "torch.dtype") -> "Pass":
+        """The pass on `device`, an additive mask in the model's `dtype`."""
+        moved = {name: value.to(device) for name, value in vars(self).items()}
+        if self.attention_mask.is_floating_point():
+            moved["attention_mask"] = self.attention_mask.to(device, dtype)
+        return replace(self, **moved)
+
+
+def pack(examples: Sequence[Example], budget: int) -> Iterator[Pass]:
+    """Cut `examples` into packed passes of at most `budget` tokens each (one example may exceed it).
+
+    In lexicographic order of their ids, each example shares with its neighbour the longest
+    beginning that it shares with any, so one look back finds every shared prefix, at all levels.
+    """
+    order = sorted(range(len(examples)), key=lambda index: examples[index].ids)
+    chosen: list[tuple[int, int]] = []  # (example, tokens it shares with the one before)
+    size, before = 0, None
+    for index in order:
+        ids = examples[index].ids
+        shared = _common(before, ids) if before is not None else 0
+        if chosen and size + len(ids) - shared > budget:
+            yield _packed(examples, chosen)
+            chosen, size, shared = [], 0, 0
+        chosen.append((index, shared))
+        size += len(ids) - shared
+        before = ids
+    if chosen:
+        yield _packed(examples, chosen)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    for length, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return length
+    return min(len(first), len(second))
+
+
+def _packed(examples: Sequence[Example], chosen: Sequence[tuple[int, int]]) -> Pass:
+    import numpy as np
+    import torch
+
+    total = sum(len(examples[index]) - shared for index, shared in chosen)
+    ids = np.empty(total, np.int64)
+    positions = np.empty(total, np.int64)
+    visible = np.zeros((total, total), bool)
+    path = np.empty(0, np.int64)  # where each token of the current example stands in the row
+    sources: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    targets: list[list[int]] = []
+    owners: list[int] = []
+    size = 0
+    for index, shared in chosen:
+        example = examples[index]
+        new = len(example) - shared
+        rows = slice(size, size + new)
+        ids[rows] = example.ids[shared:]
+        positions[rows] = np.arange(shared, len(example))
+        path = np.concatenate([path[:shared], np.arange(size, size + new)])
+        visible[rows, path[:shared]] = True
+        visible[rows, rows] = np.tri(new, dtype=bool)
+        supervised = np.flatnonzero(example.supervised)
+        sources.append(path[supervised - 1])  # the token before a target predicts it
+        targets.append([example.ids[at] for at in supervised])
+        owners += [index] * len(supervised)
+        size += new
+    keep, column = np.unique(np.concatenate(sources), return_inverse=True)
+    mask = torch.zeros(1, 1, total, total).masked_fill_(~torch.from_numpy(visible), float("-inf"))
+    return Pass(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        attention_mask=mask,
+        keep=torch.from_numpy(keep),
+        row=torch.zeros(len(column), dtype=torch.int64),
+        column=torch.from_numpy(column),
+        target=torch.tensor([token for tokens in targets for token in tokens]),
+        owner=torch.tensor(owners),
+    )
+
+
+def pad(examples: Sequence[Example], rows: int) -> Iterator[Pass]:
+    """Cut `examples`, sorted by length, into right-padded passes of `rows` rows each: works for any model."""
+    import torch
+
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        tokens = max(len(examples[index]) for index in chosen)
+        input_ids = torch.zeros(len(chosen), tokens, dtype=torch.int64)
+        mask = torch.zeros(len(chosen), tokens, dtype=torch.int64)
+        where: list[tuple[int, int, int, int]] = []
+        for row, index in enumerate(chosen):
+            ids = examples[index].ids
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+            where += [(row, at - 1, ids[at], index) for at, yes in enumerate(examples[index].supervised) if yes]
+        row_of, source, target, owner = torch.tensor(where).T
+        keep, column = torch.unique(source, return_inverse=True)
+        positions = torch.arange(tokens).expand(len(chosen), tokens)
+        yield Pass(input_ids, positions, mask, keep, row_of, column, target, owner)
+
+
+def token_losses(model: Any, batch: Pass) -> "torch.Tensor":
+    """Negative log-likelihood in nats of each target, [targets], float32; differentiable.
+
+    Logits are computed at the positions in `batch.keep` only: a vocabulary of 150,000 makes them
+    the largest tensor of a pass otherwise.
+    """
+    import torch.nn.functional as F
+
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.keep,
+        use_cache=False,
+    ).logits
+    return F.cross_entropy(logits[batch.row, batch.column].float(), batch.target, reduction="none")

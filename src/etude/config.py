@@ -1,0 +1,529 @@
+"""The typed schema of config.yml: the one home of every default, and a strict loader for it."""
+
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from etude.errors import UserError, nearest
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of config.yml: unknown keys and loose types are errors."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Model(Section):
+    """The base: which pretrained model, and how it is held in memory."""
+
+    name: str = Field(
+        "Qwen/Qwen2-1.5B",
+        min_length=1,
+        description="a Hub id, a folder, a .gguf file, or smollm2-135m (the bundled sample)",
+    )
+    revision: str | None = Field(
+        None, description="Hub commit, tag or branch; null takes the newest and records its commit"
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto | float32 | float16 | bfloat16; auto takes what the device does fast"
+    )
+    chat_template: str | None = Field(
+        None, description="a .jinja file in place of the tokenizer's own chat template"
+    )
+
+
+class Lora(Section):
+    """The adapter: small trained matrices beside the frozen ones (LoRA, arXiv:2106.09685)."""
+
+    r: Positive = Field(64, description="rank; 8-16 for simple tasks, 64 usual, 128-256 for complex ones")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        128, description="strength: the update is scaled by alpha/r (alpha/sqrt(r) with use_rslora)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the adapter's inputs dropped in training; 0.05-0.1 for little data"
+    )
+    target_modules: list[str] = Field(
+        ["q_proj", "v_proj"], min_length=1, description="which linear layers get an adapter; [all-linear] for all"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha/sqrt(r): steadier at high rank")
+    use_dora: bool = Field(False, description="DoRA: learn magnitude apart from direction; slower")
+
+
+class Dataset(Section):
+    """The data: files or Hub data sets, and how rows become examples."""
+
+    train: str = Field(
+        "data/tweets_sentiment.train.jsonl",
+        min_length=1,
+        description="a .jsonl, .json, .csv or .parquet file, or a Hub data set (owner/name or owner/name:split)",
+    )
+    validation: str | None = Field(
+        "data/tweets_sentiment.validation.jsonl",
+        description="the same for validation; null cuts validation_split from train",
+    )
+    test: str | None = Field(
+        "data/tweets_sentiment.test.jsonl", description="held out; only `etude evaluate` reads it"
+    )
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of train used for validation, by seed, when validation is null"
+    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "classification", "text"
+    ] = Field(
+        "auto",
+        description="auto | messages | sharegpt | alpaca | prompt_completion | classification | text",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="the data's own column names, e.g. {text: review, label: stars}"
+    )
+    labels: list[str] | None = Field(
+        None, min_length=2, description="classification: the labels; null collects them from train"
+    )
+    instruction: str = Field(
+        "Classify the text as one of: {labels}.\n\nText: {text}",
+        description="classification: the prompt made of {labels} and {text}; {text} last is fastest",
+    )
+    system_prompt: str | None = Field(
+        None, description="put before conversations that have none; null leaves it to the template"
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens an example may have")
+    overlength: Literal["truncate", "drop"] = Field(
+        "truncate", description="truncate | drop: what happens to longer ones; the end token is kept"
+    )
+    max_rows: Positive | None = Field(
+        None, description="train on that many rows, drawn by seed; null takes all"
+    )
+
+
+class Training(Section):
+    """How the adapter is trained."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak; 1e-4 to 5e-4 is usual for LoRA")
+    batch_size: Positive = Field(1, description="examples held in memory at once: 1 on a CPU, 4-8 on a GPU")
+    gradient_accumulation_steps: Positive = Field(
+        8, description="a step learns from batch_size x this many examples"
+    )
+    num_epochs: Annotated[float, Field(gt=0)] = Field(3, description="passes over the data")
+    max_steps: Positive | None = Field(None, description="stop after that many steps; null runs all epochs")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="linear | cosine | constant: the learning rate after warm-up"
+    )
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(
+        0.03, description="learning rate rises over these steps; below 1: that share of all steps"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's pull of the adapter towards zero")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="longer gradients are scaled down to it")
+    fp16: bool = Field(False, description="float16 mixed precision; GPU only, for GPUs before Ampere")
+    bf16: bool = Field(False, description="bfloat16 mixed precision; Ampere and later, or AMX CPUs")
+    use_cpu: bool = Field(False, description="true stays on the CPU even where there is a GPU")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="of the order of examples, the adapter's start, dropout")
+    logging_steps: Positive = Field(10, description="steps between two lines of metrics.jsonl")
+    eval_steps: Positive | None = Field(None, description="steps between validations; null: every epoch")
+    save_steps: Positive | None = Field(
+        None, description="steps between checkpoints, a multiple of eval_steps; null: at each validation"
+    )
+    save_total_limit: Positive = Field(2, description="checkpoints kept; the best is always among them")
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after that many validations without a better loss; null never"
+    )
+
+
+class Evaluation(Section):
+    """How a model is measured."""
+
+    method: Literal["likelihood", "generate"] = Field(
+        "likelihood", description="likelihood | generate: score each label exactly, or write and parse an answer"
+    )
+    batch_size: Positive = Field(16, description="rows generated together")
+    max_rows: Positive | None = Field(None, description="measure that many rows of the set, drawn by seed; null: all")
+    good_threshold: Share = Field(0.7, description="quality score from which a response is good")
+    fair_threshold: Share = Field(0.4, description="quality score from which it is fair; below, poor")
+    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(2000, description="resamples behind the intervals")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
+
+
+class Generation(Section):
+    """How responses are sampled, in chat and in evaluation."""
+
+    max_new_tokens: Positive = Field(256, description="longest response")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.7, description="0 is greedy; higher is more varied (evaluation of a data set is always greedy)"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="sample among the tokens that hold this much")
+    top_k: Annotated[int, Field(ge=0)] = Field(50, description="sample among the k likeliest; 0 means all")
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="above 1 discourages repeated tokens")
+    seed: Annotated[int, Field(ge=0)] | None = Field(None, description="the same answers each time; null varies")
+
+
+class Output(Section):
+    """Where results go."""
+
+    dir: str = Field("runs/default", min_length=1, description="the run's folder; an existing one is never overwritten")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="also report to: tensorboard, wandb, mlflow, trackio"
+    )
+
+
+class Config(Section):
+    """config.yml as a whole."""
+
+    model: Model = Model()  # type: ignore[call-arg]
+    lora: Lora = Lora()  # type: ignore[call-arg]
+    dataset: Dataset = Dataset()  # type: ignore[call-arg]
+    training: Training = Training()  # type: ignore[call-arg]
+    evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
+    generation: Generation = Generation()  # type: ignore[call-arg]
+    output: Output = Output()  # type: ignore[call-arg]
+
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values: a file, a preset or the command line, and where each key stands in it."""
+
+    values: dict[str, Any]
+    origin: dict[Path_, str]
+
+
+def load(
+    path: str | Path | None, presets: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Config:
+    """Read config.yml, lay presets and ``key=value`` overrides over it, and check everything.
+
+    Later layers win key by key. `path` None starts from the defaults.
+
+    Raises:
+        UserError: every fault at once, each with its place, value and what is allowed.
+    """
+    layers = [] if path is None else [read_yaml(Path(path))]
+    layers += [read_yaml(preset_path(name)) for name in presets]
+    layers += [parse_override(text) for text in overrides]
+    values: dict[str, Any] = {}
+    origin: dict[Path_, str] = {}
+    for layer in layers:
+        _merge(values, layer.values)
+        origin.update(layer.origin)
+    return check(values, origin)
+
+
+def check(values: dict[str, Any], origin: dict[Path_, str]) -> Config:
+    """Validate plain values against the schema; `origin` tells where each key path was written.
+
+    Raises:
+        UserError: all faults of form and all contradictions between keys, one a line.
+    """
+    faults: dict[Path_, str] = {}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            faults[tuple(item["loc"])] = _explain(tuple(item["loc"]), item["type"], item["msg"], item["input"])
+        # The keys at fault fall back to their defaults, so that contradictions elsewhere show too.
+        config = Config.model_validate(_without(values, faults))
+    bad_sections = {loc[:2] for loc in faults}
+    for keys, message in _contradictions(config):
+        if not bad_sections & {tuple(key.split(".")) for key in keys}:
+            faults.setdefault(tuple(keys[0].split(".")), message)
+    if not faults:
+        return config
+    lines = [f"{_place(loc, origin)}{'.'.join(map(str, loc))}: {text}" for loc, text in faults.items()]
+    raise UserError(
+        f"The configuration has {len(lines)} {'fault' if len(lines) == 1 else 'faults'}:\n  "
+        + "\n  ".join(lines)
+        + "\nMend them and run again; `etude init` writes a config.yml that explains every key."
+    )
+
+
+def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
+    """Yield (the keys at odds, what is wrong and what to do) for values that cannot stand together."""
+    training, dataset, evaluation = config.training, config.dataset, config.evaluation
+    if training.fp16 and training.use_cpu:
+        yield ["training.fp16", "training.use_cpu"], (
+            "float16 needs a GPU, and training.use_cpu is true; set fp16: false (CPU) or use_cpu: false (GPU)"
+        )
+    if training.fp16 and training.bf16:
+        yield ["training.fp16", "training.bf16"], "fp16 and bf16 exclude each other; keep one"
+    if config.model.dtype == "float16" and training.use_cpu:
+        yield ["model.dtype", "training.use_cpu"], (
+            "float16 needs a GPU, and training.use_cpu is true; set dtype: auto or float32"
+        )
+    if training.max_steps and training.warmup_steps >= max(training.max_steps, 1):
+        yield ["training.warmup_steps", "training.max_steps"], (
+            f"warm-up of {training.warmup_steps:g} steps is not shorter than the training "
+            f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03"
+        )
+    if training.save_steps and training.save_steps % (training.eval_steps or training.save_steps):
+        yield ["training.save_steps", "training.eval_steps"], (
+            f"{training.save_steps} is not a multiple of eval_steps {training.eval_steps}; "
+            f"the nearest is {-(-training.save_steps // (training.eval_steps or 1)) * (training.eval_steps or 1)}"
+        )
+    if training.save_steps and not training.eval_steps:
+        yield ["training.save_steps", "training.eval_steps"], (
+            "checkpoints are made at validations; set training.eval_steps too (the same or a divisor)"
+        )
+    if training.early_stopping_patience and not dataset.validation and not dataset.validation_split:
+        yield ["training.early_stopping_patience", "dataset.validation", "dataset.validation_split"], (
+            "early stopping needs validation data; set dataset.validation or dataset.validation_split"
+        )
+    if evaluation.fair_threshold > evaluation.good_threshold:
+        yield ["evaluation.fair_threshold", "evaluation.good_threshold"], (
+            f"{evaluation.fair_threshold} is above good_threshold {evaluation.good_threshold}; good is the higher one"
+        )
+    for name in ("labels", "text"):
+        if f"{{{name}}}" not in dataset.instruction:
+            yield ["dataset.instruction"], f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}"
+    if dataset.labels and len(set(dataset.labels)) < len(dataset.labels):
+        yield ["dataset.labels"], f"a label stands twice in {dataset.labels}"
+    if dataset.labels and dataset.format not in ("auto", "classification"):
+        yield ["dataset.labels", "dataset.format"], (
+            f"labels belong to format classification, and the format is {dataset.format}"
+        )
+
+
+def _explain(loc: Path_, kind: str, message: str, value: object) -> str:
+    """One sentence for one pydantic fault."""
+    if kind == "extra_forbidden":
+        known = list(key_paths())
+        dotted = ".".join(map(str, loc))
+        # The same key in another section is a likelier slip than a look-alike beside it.
+        same = [key for key in known if key.split(".")[-1] == loc[-1]]
+        sections = list(Config.model_fields)
+        guess = same[0] if same else nearest(dotted, known + sections)
+        beside = known if len(loc) == 1 else [key for key in known if key.startswith(f"{loc[0]}.")]
+        names = sections if len(loc) == 1 else [key.split(".")[1] for key in beside]
+        return "unknown key; " + (f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}")
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    text = f"{shown} {message.replace('Input should', 'should')}"
+    if kind == "bool_type":
+        text += " (write true or false)"
+    if kind == "float_type" or kind == "int_type":
+        text += " (write it without quotes)" if isinstance(value, str) and _number(value) else ""
+    if kind == "literal_error" and isinstance(value, str):
+        guess = nearest(value, re.findall(r"'([^']+)'", message))
+        text += f"; did you mean {guess}?" if guess else ""
+    if kind == "model_type":
+        text = f"a section with keys of its own is expected here, not {shown}"
+    return text
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def key_paths() -> Iterator[str]:
+    """Every key of the schema, dotted: ``model.name``, ``lora.r``, ..."""
+    for section, field in Config.model_fields.items():
+        for key in field.default.__class__.model_fields:
+            yield f"{section}.{key}"
+
+
+def _place(loc: Path_, origin: dict[Path_, str]) -> str:
+    for length in range(len(loc), 0, -1):
+        if loc[:length] in origin:
+            return origin[loc[:length]] + ": "
+    return ""
+
+
+def _without(values: dict[str, Any], faults: dict[Path_, str]) -> dict[str, Any]:
+    """A copy of the two-level `values` without the keys (or whole sections) at fault."""
+    bad = {loc[:2] for loc in faults}
+    return {
+        section: {key: value for key, value in keys.items() if (section, key) not in bad}
+        for section, keys in values.items()
+        if (section,) not in bad and isinstance(keys, dict)
+    }
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    """Lay `layer` over `into`, section by section; a key's whole value is replaced."""
+    for section, keys in layer.items():
+        if isinstance(keys, dict) and isinstance(into.get(section), dict):
+            into[section] = {**into[section], **keys}
+        else:
+            into[section] = keys
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: `no` is a string, 1e-5 is a number, dates are strings."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Layer:
+    """Read one YAML mapping; no tags, no aliases, no key twice.
+
+    Raises:
+        UserError: unreadable file or YAML that is not a plain mapping, with the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `etude init` writes a config.yml here") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Layer:
+    """Parse the text of one YAML mapping; `name` stands in messages as the file's name."""
+    origin: dict[Path_, str] = {}
+    faults: list[str] = []
+    seen: set[int] = set()
+
+    def build(node: yaml.Node, loc: Path_) -> Any:
+        place = f"{name}:{node.start_mark.line + 1}"
+        if id(node) in seen:
+            faults.append(f"{place}: aliases (*name) are not supported; write the value out")
+            return None
+        seen.add(id(node))
+        if loc:
+            origin.setdefault(loc, place)
+        if node.tag.rpartition(":")[2] not in ("map", "seq", "str", "int", "float", "bool", "null"):
+            faults.append(f"{place}: {'.'.join(map(str, loc))}: the tag {node.tag} is not allowed; plain values only")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            result: dict[Hashable, Any] = {}
+            for key_node, value_node in node.value:
+                key = build(key_node, ()) if isinstance(key_node, yaml.ScalarNode) else None
+                key_place = f"{name}:{key_node.start_mark.line + 1}"
+                if not isinstance(key, str):
+                    faults.append(f"{key_place}: {key_node.value!r} is not a name; keys are plain words")
+                    continue
+                if key in result:
+                    faults.append(
+                        f"{key_place}: {'.'.join(map(str, (*loc, key)))} stands twice (first at {origin[(*loc, key)]}); keep one"
+                    )
+                    continue
+                origin[(*loc, key)] = key_place
+                result[key] = build(value_node, (*loc, key))
+            return result
+        if isinstance(node, yaml.SequenceNode):
+            return [build(item, (*loc, index)) for index, item in enumerate(node.value)]
+        try:
+            return loader.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            faults.append(f"{place}: {node.value!r}: {error}")
+            return None
+
+    try:
+        loader = _StrictLoader(text)
+        root = loader.get_single_node()
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        raise UserError(
+            f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that line"
+        ) from None
+    values = {} if root is None else build(root, ())
+    if not faults and not isinstance(values, dict):
+        faults.append(f"{name}: sections with keys are expected, not a {type(values).__name__}; see `etude init`")
+    if faults:
+        raise UserError("The configuration cannot be read:\n  " + "\n  ".join(faults))
+    # A section whose keys are all commented out means: its defaults.
+    return Layer({section: {} if keys is None else keys for section, keys in values.items()}, origin)
+
+
+def parse_override(text: str) -> Layer:
+    """Read one ``section.key=value`` from the command line; the value is YAML.
+
+    Raises:
+        UserError: not of that form.
+    """
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(
+            f"command line: {text!r} is not of the form section.key=value, for example lora.r=16"
+        )
+    parsed = parse_yaml("v: " + value if value.strip() else "v:", f"command line ({text})").values["v"]
+    return Layer({section: {name: parsed}}, {(section,): "command line", (section, name): "command line"})
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset: one that ships with Etude, by name, or any .yml file by path.
+
+    Raises:
+        UserError: no such preset, with those there are.
+    """
+    if name.endswith((".yml", ".yaml")):
+        return Path(name)
+    folder = Path(str(resources.files("etude") / "presets"))
+    known = sorted(path.stem for path in folder.glob("*.yml"))
+    if name not in known:
+        guess = nearest(name, known)
+        raise UserError(
+            f"command line: --preset {name}: no such preset; "
+            + (f"did you mean {guess}? " if guess else "")
+            + f"There are: {', '.join(known)}; or give the path of a .yml file"
+        )
+    return folder / f"{name}.yml"
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def to_yaml(config: Config, comments: bool = True) -> str:
+    """Write `config` as YAML, each key under its section, with one comment each if `comments`."""
+    lines = []
+    if comments:
+        lines += ["# Etude's configuration. Every key is optional; what is left out takes the value shown here.", ""]
+    for section in Config.model_fields:
+        part: Section = getattr(config, section)
+        if comments:
+            doc = (part.__doc__ or "").splitlines()[0]
+            lines.append(f"# {doc}")
+        lines.append(f"{section}:")
+        for key, field in type(part).model_fields.items():
+            entry = f"  {key}: {_scalar(getattr(part, key))}"
+            if comments and len(entry) + len(field.description or "") > 96:
+                lines.append(f"  # {field.description}")
+                lines.append(entry)
+            else:
+                lines.append(entry + (f"  # {field.description}" if comments else ""))
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _scalar(value: object) -> str:
+    """One value as YAML on one line, in a form that `_StrictLoader` reads back as the same value."""
+    if isinstance(value, float):
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        short = f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, str) and "\n" in value:
+        text = yaml.safe_dump(value, default_style='"', width=10**9, allow_unicode=True)
+    else:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

