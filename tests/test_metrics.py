@@ -116,6 +116,8 @@ def row_bootstrap(confusion, samples, seed):
         [[30, 5, 2], [6, 20, 8], [1, 4, 44]],
         # Unparseable answers, and a class so rare that whole resamples miss it (F1 = 0 there).
         [[30, 5, 0, 3], [6, 20, 0, 2], [0, 1, 1, 0]],
+        # Precision far from recall: a macro recall could not pass for a macro-F1.
+        [[20, 0, 1], [30, 5, 0], [25, 0, 4]],
     ],
 )
 def test_bootstrap_has_the_distribution_of_row_resampling(confusion):

@@ -67,6 +67,7 @@ CODE = "Here is the function:\n\n```python\ndef add(a, b):\n    return a + b\n``
         (quality.format, (EXPLAIN, TREE), (EXPLAIN, TREE + "\nuser\nAnd animals?")),
         (quality.format, ("Add", CODE), ("Add", CODE.removesuffix("```"))),
         (quality.format, ("Say", "One (two) :( :'("), ("Say", "One (two")),
+        (quality.format, ("Say", "a[0] and 1) b"), ("Say", "a 0] and 1) b")),
         (quality.format, ("Say", 'He said "no".'), ("Say", 'He said "no.')),
         (quality.format, ("Say", "He is 5'11\" tall."), ("Say", '"He is tall.')),
         (quality.format, ("Say", "Un café où l'été dure."), ("Say", "Un cafÃ© où l'été dure.")),
@@ -120,7 +121,7 @@ def test_a_refusal_further_on_is_half_a_refusal():
 
 
 def test_one_fatal_fault_leaves_the_floor_to_its_weight():
-    score = judge("Will you help me write?", "I can't help you write.", **THRESHOLDS)["score"]
+    score = judge("Can you help me?", "I can't help you.", **THRESHOLDS)["score"]
     assert score == pytest.approx(quality.FLOOR ** WEIGHTS["refusal"])
 
 

@@ -144,7 +144,8 @@ def repetition(response: str) -> float:
 
     Lines are compared without their list markers, which would hide a loop ("1. Eat. 2. Eat."),
     and only if they hold two words. A loop is a unit of 1 to 8 characters ten times in a row;
-    digits, whitespace and rules (`-----`) are exempt. Long honest prose scores about 0.9.
+    digits, whitespace and rules (`-----`) are exempt. A thousand words of honest prose score over
+    0.95, a page of code about 0.85.
     """
     words = _words(response)
     trigrams = list(zip(words, words[1:], words[2:], strict=False))

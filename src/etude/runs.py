@@ -1,0 +1,118 @@
+"""A run is a folder: config.yml, adapter, manifest.json, metrics.jsonl, plots. This file opens and writes it."""
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etude import config as configuration
+from etude import device, lora, models
+from etude.config import Config
+from etude.conversation import Renderer
+from etude.errors import UserError
+
+CONFIG, MANIFEST, METRICS, CHECKPOINTS = "config.yml", "manifest.json", "metrics.jsonl", "checkpoints"
+LIBRARIES = ("etude", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a program works on: a base, how to render for it, and the adapter's folder if it is a run."""
+
+    base: models.Base
+    renderer: Renderer
+    config: Config
+    adapter: Path | None
+
+    def tuned(self) -> Any:
+        """The model to answer with: the adapter merged into the base (in place), or the base alone."""
+        if self.adapter is None:
+            return self.base.model
+        return lora.merge(lora.load(self.base.model, self.adapter))
+
+
+def open_target(name: str, overrides: list[str]) -> Target:
+    """Open a run folder, a PEFT adapter folder or a model by name, with its base loaded.
+
+    Raises:
+        UserError: not there, or an adapter that was trained on another base or chat format.
+    """
+    folder = Path(name).expanduser()
+    if not lora.is_adapter(folder):
+        if (folder / CONFIG).is_file():
+            raise UserError(
+                f"{name}: this run has no adapter yet; its training did not end. "
+                f"Go on with: etude train {folder / CONFIG} --resume"
+            )
+        if name.startswith("runs/") and not folder.exists():
+            there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
+            raise UserError(f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}")
+        config = configuration.load(None, overrides=[f"model.name={json.dumps(name)}", *overrides])
+        return Target(*_load(config), config, None)
+    if (folder / CONFIG).is_file():
+        config = configuration.load(folder / CONFIG, overrides=overrides)
+    else:  # an adapter made elsewhere tells its base only
+        base_name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        config = configuration.load(None, overrides=[f"model.name={json.dumps(base_name)}", *overrides])
+    base, renderer = _load(config)
+    if (folder / MANIFEST).is_file():
+        manifest = read_json(folder / MANIFEST)
+        trained_on = manifest.get("base", {}).get("identity")
+        if trained_on != base.identity:
+            raise UserError(
+                f"{name}: this adapter was trained on another base ({trained_on}) than {config.model.name} is now "
+                f"({base.identity}). Pin model.revision, or give the base it was trained on"
+            )
+        renderer.check_state(manifest.get("chat_format", {}), name)
+    return Target(base, renderer, config, folder)
+
+
+def _load(config: Config) -> tuple[models.Base, Renderer]:
+    place = device.choose(config.model.dtype, config.training.use_cpu)
+    base = models.load(config.model.name, place, config.model.revision)
+    return base, renderer_for(base, config)
+
+
+def renderer_for(base: models.Base, config: Config) -> Renderer:
+    """The renderer of a base under a config.
+
+    Raises:
+        UserError: a template file that cannot be read, or a template that cannot be used.
+    """
+    template = None
+    if config.model.chat_template:
+        try:
+            template = Path(config.model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {config.model.chat_template}: cannot be read: {error}") from None
+    return Renderer(base.tokenizer, template, config.dataset.system_prompt)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder.
+
+    Raises:
+        UserError: unreadable or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        problem = "not a JSON object"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise UserError(f"{path}: cannot be read: {problem}; the run is damaged, train it again") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the manifest."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }

@@ -1,0 +1,92 @@
+"""What the four programs share at the terminal: consoles, arguments, and how a mistake ends."""
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+from rich.console import Console
+
+from etude.errors import UserError
+
+P = ParamSpec("P")
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# Results go to stdout, all else to stderr, so that output can be piped.
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
+
+    Exit codes: 0 done, 2 the user's mistake (told on stderr, without a traceback), 130 Ctrl-C.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        _quiet()
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            err.print("[bold red]error:[/] ", end="")
+            err.print(str(error), markup=False)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            err.print("\nstopped")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
+            sys.stdout = None  # type: ignore[assignment]
+            raise typer.Exit(0) from None
+
+    return wrapper
+
+
+def run(function: Callable[..., None]) -> None:
+    """Run one program as `python -m etude.<program>`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    app()
+
+
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Part positional arguments into at most one name and ``section.key=value`` overrides.
+
+    Raises:
+        UserError: more than one name.
+    """
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) > 1:
+        raise UserError(
+            f"command line: one name is expected, not {len(names)} ({', '.join(names)}); "
+            "settings have the form section.key=value"
+        )
+    return (names[0] if names else None), [argument for argument in arguments if "=" in argument]
+
+
+def _quiet() -> None:
+    """Our own notices to stderr; the libraries' progress bars and advice to themselves."""
+    logger = logging.getLogger("etude")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' bars and warnings; separate, for it imports transformers."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
