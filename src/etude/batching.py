@@ -48,7 +48,7 @@ class Pass:
 
 
 def pack(examples: Sequence[Example], budget: int) -> Iterator[Pass]:
-    """Cut `examples` into packed passes of at most `budget` tokens each (one example may exceed it).
+    """Cut `examples` into packed passes of `budget` tokens each (one example may exceed it).
 
     In lexicographic order of their ids, each example shares with its neighbour the longest
     beginning that it shares with any, so one look back finds every shared prefix, at all levels.
@@ -119,7 +119,7 @@ def _packed(examples: Sequence[Example], chosen: Sequence[tuple[int, int]]) -> P
 
 
 def pad(examples: Sequence[Example], rows: int) -> Iterator[Pass]:
-    """Cut `examples`, sorted by length, into right-padded passes of `rows` rows each: works for any model."""
+    """Cut `examples`, sorted by length, into right-padded passes of `rows` rows; any model can."""
     import torch
 
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
@@ -133,7 +133,11 @@ def pad(examples: Sequence[Example], rows: int) -> Iterator[Pass]:
             ids = examples[index].ids
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-            where += [(row, at - 1, ids[at], index) for at, yes in enumerate(examples[index].supervised) if yes]
+            where += [
+                (row, at - 1, ids[at], index)
+                for at, yes in enumerate(examples[index].supervised)
+                if yes
+            ]
         row_of, source, target, owner = torch.tensor(where).T
         keep, column = torch.unique(source, return_inverse=True)
         positions = torch.arange(tokens).expand(len(chosen), tokens)
@@ -156,3 +160,61 @@ def token_losses(model: Any, batch: Pass) -> "torch.Tensor":
         use_cache=False,
     ).logits
     return F.cross_entropy(logits[batch.row, batch.column].float(), batch.target, reduction="none")
+
+
+# On a CPU a dense mask pays up to about this many tokens; longer passes attend to mostly nothing.
+CPU_BUDGET = 512
+
+
+def budget(device: str, batch_size: int, max_length: int) -> int:
+    """Tokens of a packed pass: what `batch_size` full examples would hold, on a CPU at most 512."""
+    full = batch_size * max_length
+    return min(full, CPU_BUDGET) if device == "cpu" else full
+
+
+def why_not_packed(model: Any, max_length: int) -> str | None:
+    """None if packed passes give `model`'s own losses, else the reason why they do not.
+
+    Proven on the model itself: four short examples with shared beginnings, packed and one by one.
+    A model whose layers carry state along the row (Mamba) or that ignores a given mask differs
+    by nats; 16-bit rounding differs by hundredths on average.
+    """
+    import torch
+
+    settings = model.config.get_text_config()
+    window = getattr(settings, "sliding_window", None)
+    sliding = "sliding" in str(getattr(settings, "layer_types", "sliding"))
+    if window and sliding and max_length > window:
+        return f"its layers look back {window} tokens, and dataset.max_length is {max_length}"
+    last = settings.vocab_size - 1
+    bodies: tuple[list[int], ...] = ([], [11, 5, 7, 5], [11, 5, 9, 2, 8, 4], [13, 6, 6, 3])
+    sequences = [[min(token, last) for token in [3, 12, 9, 10, 4, *body]] for body in bodies]
+    examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in sequences]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed, plain = (
+                sum_by_example(model, passes, len(examples))
+                for passes in (pack(examples, CPU_BUDGET), pad(examples, 1))
+            )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return f"it does not take a mask of its own: {str(error).splitlines()[0]}"
+    finally:
+        model.train(was_training)
+    tokens = sum(map(len, examples)) / len(examples)
+    deviation = float((packed - plain).abs().max()) / tokens
+    if not deviation <= (1e-3 if model.dtype == torch.float32 else 0.1):
+        return f"packed losses would differ by {deviation:.2g} nats a token"
+    return None
+
+
+def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Tensor":
+    """Summed negative log-likelihood of each of `count` examples' targets, in nats, [count]."""
+    import torch
+
+    losses = torch.zeros(count)
+    for batch in passes:
+        moved = batch.to(str(model.device), model.dtype)
+        losses.index_add_(0, batch.owner, token_losses(model, moved).cpu())
+    return losses

@@ -36,7 +36,8 @@ class Model(Section):
         None, description="Hub commit, tag or branch; null takes the newest and records its commit"
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="auto | float32 | float16 | bfloat16; auto takes what the device does fast"
+        "auto",
+        description="auto | float32 | float16 | bfloat16; auto takes what the device does fast",
     )
     chat_template: str | None = Field(
         None, description="a .jinja file in place of the tokenizer's own chat template"
@@ -46,15 +47,20 @@ class Model(Section):
 class Lora(Section):
     """The adapter: small trained matrices beside the frozen ones (LoRA, arXiv:2106.09685)."""
 
-    r: Positive = Field(64, description="rank; 8-16 for simple tasks, 64 usual, 128-256 for complex ones")
+    r: Positive = Field(
+        64, description="rank; 8-16 for simple tasks, 64 usual, 128-256 for complex ones"
+    )
     alpha: Annotated[float, Field(gt=0)] = Field(
         128, description="strength: the update is scaled by alpha/r (alpha/sqrt(r) with use_rslora)"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the adapter's inputs dropped in training; 0.05-0.1 for little data"
+        0.0,
+        description="share of the adapter's inputs dropped in training; 0.05-0.1 for little data",
     )
     target_modules: list[str] = Field(
-        ["q_proj", "v_proj"], min_length=1, description="which linear layers get an adapter; [all-linear] for all"
+        ["q_proj", "v_proj"],
+        min_length=1,
+        description="which linear layers get an adapter; [all-linear] for all",
     )
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r): steadier at high rank")
     use_dora: bool = Field(False, description="DoRA: learn magnitude apart from direction; slower")
@@ -66,7 +72,10 @@ class Dataset(Section):
     train: str = Field(
         "data/tweets_sentiment.train.jsonl",
         min_length=1,
-        description="a .jsonl, .json, .csv or .parquet file, or a Hub data set (owner/name or owner/name:split)",
+        description=(
+            "a .jsonl, .json, .csv or .parquet file, or a Hub data set (owner/name or "
+            "owner/name:split)"
+        ),
     )
     validation: str | None = Field(
         "data/tweets_sentiment.validation.jsonl",
@@ -82,7 +91,9 @@ class Dataset(Section):
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "classification", "text"
     ] = Field(
         "auto",
-        description="auto | messages | sharegpt | alpaca | prompt_completion | classification | text",
+        description=(
+            "auto | messages | sharegpt | alpaca | prompt_completion | classification | text"
+        ),
     )
     columns: dict[str, str] = Field(
         {}, description="the data's own column names, e.g. {text: review, label: stars}"
@@ -92,14 +103,17 @@ class Dataset(Section):
     )
     instruction: str = Field(
         "Classify the text as one of: {labels}.\n\nText: {text}",
-        description="classification: the prompt made of {labels} and {text}; {text} last is fastest",
+        description=(
+            "classification: the prompt made of {labels} and {text}; {text} last is fastest"
+        ),
     )
     system_prompt: str | None = Field(
         None, description="put before conversations that have none; null leaves it to the template"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens an example may have")
     overlength: Literal["truncate", "drop"] = Field(
-        "truncate", description="truncate | drop: what happens to longer ones; the end token is kept"
+        "truncate",
+        description="truncate | drop: what happens to longer ones; the end token is kept",
     )
     max_rows: Positive | None = Field(
         None, description="train on that many rows, drawn by seed; null takes all"
@@ -109,32 +123,53 @@ class Dataset(Section):
 class Training(Section):
     """How the adapter is trained."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak; 1e-4 to 5e-4 is usual for LoRA")
-    batch_size: Positive = Field(1, description="examples held in memory at once: 1 on a CPU, 4-8 on a GPU")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-4, description="peak; 1e-4 to 5e-4 is usual for LoRA"
+    )
+    batch_size: Positive = Field(
+        1, description="examples held in memory at once: 1 on a CPU, 4-8 on a GPU"
+    )
     gradient_accumulation_steps: Positive = Field(
         8, description="a step learns from batch_size x this many examples"
     )
     num_epochs: Annotated[float, Field(gt=0)] = Field(3, description="passes over the data")
-    max_steps: Positive | None = Field(None, description="stop after that many steps; null runs all epochs")
+    max_steps: Positive | None = Field(
+        None, description="stop after that many steps; null runs all epochs"
+    )
     lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="linear | cosine | constant: the learning rate after warm-up"
     )
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         0.03, description="learning rate rises over these steps; below 1: that share of all steps"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's pull of the adapter towards zero")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="longer gradients are scaled down to it")
-    fp16: bool = Field(False, description="float16 mixed precision; GPU only, for GPUs before Ampere")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="AdamW's pull of the adapter towards zero"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="longer gradients are scaled down to it"
+    )
+    fp16: bool = Field(
+        False, description="float16 mixed precision; GPU only, for GPUs before Ampere"
+    )
     bf16: bool = Field(False, description="bfloat16 mixed precision; Ampere and later, or AMX CPUs")
     use_cpu: bool = Field(False, description="true stays on the CPU even where there is a GPU")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="of the order of examples, the adapter's start, dropout")
-    logging_steps: Positive = Field(10, description="steps between two lines of metrics.jsonl")
-    eval_steps: Positive | None = Field(None, description="steps between validations; null: every epoch")
-    save_steps: Positive | None = Field(
-        None, description="steps between checkpoints, a multiple of eval_steps; null: at each validation"
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, slower"
     )
-    save_total_limit: Positive = Field(2, description="checkpoints kept; the best is always among them")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        42, description="of the order of examples, the adapter's start, dropout"
+    )
+    logging_steps: Positive = Field(10, description="steps between two lines of metrics.jsonl")
+    eval_steps: Positive | None = Field(
+        None, description="steps between validations; null: every epoch"
+    )
+    save_steps: Positive | None = Field(
+        None,
+        description="steps between checkpoints, a multiple of eval_steps; null: at each validation",
+    )
+    save_total_limit: Positive = Field(
+        2, description="checkpoints kept; the best is always among them"
+    )
     early_stopping_patience: Positive | None = Field(
         None, description="stop after that many validations without a better loss; null never"
     )
@@ -144,14 +179,23 @@ class Evaluation(Section):
     """How a model is measured."""
 
     method: Literal["likelihood", "generate"] = Field(
-        "likelihood", description="likelihood | generate: score each label exactly, or write and parse an answer"
+        "likelihood",
+        description="likelihood | generate: score each label exactly, or write and parse an answer",
     )
     batch_size: Positive = Field(16, description="rows generated together")
-    max_rows: Positive | None = Field(None, description="measure that many rows of the set, drawn by seed; null: all")
+    max_rows: Positive | None = Field(
+        None, description="measure that many rows of the set, drawn by seed; null: all"
+    )
     good_threshold: Share = Field(0.7, description="quality score from which a response is good")
-    fair_threshold: Share = Field(0.4, description="quality score from which it is fair; below, poor")
-    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(2000, description="resamples behind the intervals")
-    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
+    fair_threshold: Share = Field(
+        0.4, description="quality score from which it is fair; below, poor"
+    )
+    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+        2000, description="resamples behind the intervals"
+    )
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.95, description="level of the confidence intervals"
+    )
 
 
 class Generation(Section):
@@ -159,18 +203,33 @@ class Generation(Section):
 
     max_new_tokens: Positive = Field(256, description="longest response")
     temperature: Annotated[float, Field(ge=0)] = Field(
-        0.7, description="0 is greedy; higher is more varied (evaluation of a data set is always greedy)"
+        0.7,
+        description=(
+            "0 is greedy; higher is more varied (evaluation of a data set is always greedy)"
+        ),
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="sample among the tokens that hold this much")
-    top_k: Annotated[int, Field(ge=0)] = Field(50, description="sample among the k likeliest; 0 means all")
-    repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="above 1 discourages repeated tokens")
-    seed: Annotated[int, Field(ge=0)] | None = Field(None, description="the same answers each time; null varies")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="sample among the tokens that hold this much"
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        50, description="sample among the k likeliest; 0 means all"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="above 1 discourages repeated tokens"
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="the same answers each time; null varies"
+    )
 
 
 class Output(Section):
     """Where results go."""
 
-    dir: str = Field("runs/default", min_length=1, description="the run's folder; an existing one is never overwritten")
+    dir: str = Field(
+        "runs/default",
+        min_length=1,
+        description="the run's folder; an existing one is never overwritten",
+    )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         [], description="also report to: tensorboard, wandb, mlflow, trackio"
     )
@@ -193,7 +252,7 @@ Path_ = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values: a file, a preset or the command line, and where each key stands in it."""
+    """One source of values: a file, a preset, the command line; and where each key stands in it."""
 
     values: dict[str, Any]
     origin: dict[Path_, str]
@@ -231,7 +290,9 @@ def check(values: dict[str, Any], origin: dict[Path_, str]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         for item in error.errors():
-            faults[tuple(item["loc"])] = _explain(tuple(item["loc"]), item["type"], item["msg"], item["input"])
+            faults[tuple(item["loc"])] = _explain(
+                tuple(item["loc"]), item["type"], item["msg"], item["input"]
+            )
         # The keys at fault fall back to their defaults, so that contradictions elsewhere show too.
         config = Config.model_validate(_without(values, faults))
     bad_sections = {loc[:2] for loc in faults}
@@ -240,7 +301,9 @@ def check(values: dict[str, Any], origin: dict[Path_, str]) -> Config:
             faults.setdefault(tuple(keys[0].split(".")), message)
     if not faults:
         return config
-    lines = [f"{_place(loc, origin)}{'.'.join(map(str, loc))}: {text}" for loc, text in faults.items()]
+    lines = [
+        f"{_place(loc, origin)}{'.'.join(map(str, loc))}: {text}" for loc, text in faults.items()
+    ]
     raise UserError(
         f"The configuration has {len(lines)} {'fault' if len(lines) == 1 else 'faults'}:\n  "
         + "\n  ".join(lines)
@@ -249,48 +312,77 @@ def check(values: dict[str, Any], origin: dict[Path_, str]) -> Config:
 
 
 def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
-    """Yield (the keys at odds, what is wrong and what to do) for values that cannot stand together."""
+    """Yield (the keys at odds, what is wrong, what to do) for values that cannot stand together."""
     training, dataset, evaluation = config.training, config.dataset, config.evaluation
     if training.fp16 and training.use_cpu:
-        yield ["training.fp16", "training.use_cpu"], (
-            "float16 needs a GPU, and training.use_cpu is true; set fp16: false (CPU) or use_cpu: false (GPU)"
+        yield (
+            ["training.fp16", "training.use_cpu"],
+            (
+                "float16 needs a GPU, and training.use_cpu is true; set fp16: false (CPU) or "
+                "use_cpu: false (GPU)"
+            ),
         )
     if training.fp16 and training.bf16:
         yield ["training.fp16", "training.bf16"], "fp16 and bf16 exclude each other; keep one"
     if config.model.dtype == "float16" and training.use_cpu:
-        yield ["model.dtype", "training.use_cpu"], (
-            "float16 needs a GPU, and training.use_cpu is true; set dtype: auto or float32"
+        yield (
+            ["model.dtype", "training.use_cpu"],
+            "float16 needs a GPU, and training.use_cpu is true; set dtype: auto or float32",
         )
     if training.max_steps and training.warmup_steps >= max(training.max_steps, 1):
-        yield ["training.warmup_steps", "training.max_steps"], (
-            f"warm-up of {training.warmup_steps:g} steps is not shorter than the training "
-            f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03"
+        yield (
+            ["training.warmup_steps", "training.max_steps"],
+            (
+                f"warm-up of {training.warmup_steps:g} steps is not shorter than the training "
+                f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03"
+            ),
         )
-    if training.save_steps and training.save_steps % (training.eval_steps or training.save_steps):
-        yield ["training.save_steps", "training.eval_steps"], (
-            f"{training.save_steps} is not a multiple of eval_steps {training.eval_steps}; "
-            f"the nearest is {-(-training.save_steps // (training.eval_steps or 1)) * (training.eval_steps or 1)}"
+    eval_steps = training.eval_steps
+    if training.save_steps and eval_steps and training.save_steps % eval_steps:
+        yield (
+            ["training.save_steps", "training.eval_steps"],
+            (
+                f"{training.save_steps} is not a multiple of eval_steps {eval_steps}; "
+                f"the nearest is {-(-training.save_steps // eval_steps) * eval_steps}"
+            ),
         )
-    if training.save_steps and not training.eval_steps:
-        yield ["training.save_steps", "training.eval_steps"], (
-            "checkpoints are made at validations; set training.eval_steps too (the same or a divisor)"
+    validated = bool(dataset.validation or dataset.validation_split)
+    if training.save_steps and not eval_steps and validated:
+        yield (
+            ["training.save_steps", "training.eval_steps"],
+            (
+                "checkpoints are made at validations; set training.eval_steps too (the same or a "
+                "divisor)"
+            ),
         )
-    if training.early_stopping_patience and not dataset.validation and not dataset.validation_split:
-        yield ["training.early_stopping_patience", "dataset.validation", "dataset.validation_split"], (
-            "early stopping needs validation data; set dataset.validation or dataset.validation_split"
+    if training.early_stopping_patience and not validated:
+        yield (
+            ["training.early_stopping_patience", "dataset.validation", "dataset.validation_split"],
+            (
+                "early stopping needs validation data; set dataset.validation or "
+                "dataset.validation_split"
+            ),
         )
     if evaluation.fair_threshold > evaluation.good_threshold:
-        yield ["evaluation.fair_threshold", "evaluation.good_threshold"], (
-            f"{evaluation.fair_threshold} is above good_threshold {evaluation.good_threshold}; good is the higher one"
+        yield (
+            ["evaluation.fair_threshold", "evaluation.good_threshold"],
+            (
+                f"{evaluation.fair_threshold} is above good_threshold {evaluation.good_threshold}; "
+                "good is the higher one"
+            ),
         )
     for name in ("labels", "text"):
         if f"{{{name}}}" not in dataset.instruction:
-            yield ["dataset.instruction"], f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}"
+            yield (
+                ["dataset.instruction"],
+                f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}",
+            )
     if dataset.labels and len(set(dataset.labels)) < len(dataset.labels):
         yield ["dataset.labels"], f"a label stands twice in {dataset.labels}"
     if dataset.labels and dataset.format not in ("auto", "classification"):
-        yield ["dataset.labels", "dataset.format"], (
-            f"labels belong to format classification, and the format is {dataset.format}"
+        yield (
+            ["dataset.labels", "dataset.format"],
+            f"labels belong to format classification, and the format is {dataset.format}",
         )
 
 
@@ -305,7 +397,9 @@ def _explain(loc: Path_, kind: str, message: str, value: object) -> str:
         guess = same[0] if same else nearest(dotted, known + sections)
         beside = known if len(loc) == 1 else [key for key in known if key.startswith(f"{loc[0]}.")]
         names = sections if len(loc) == 1 else [key.split(".")[1] for key in beside]
-        return "unknown key; " + (f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}")
+        return "unknown key; " + (
+            f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}"
+        )
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
     text = f"{shown} {message.replace('Input should', 'should')}"
     if kind == "bool_type":
@@ -333,6 +427,12 @@ def key_paths() -> Iterator[str]:
     for section, field in Config.model_fields.items():
         for key in field.default.__class__.model_fields:
             yield f"{section}.{key}"
+
+
+def value(config: Config, key: str) -> object:
+    """The value of a dotted key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def _place(loc: Path_, origin: dict[Path_, str]) -> str:
@@ -365,14 +465,20 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2: `no` is a string, 1e-5 is a number, dates are strings."""
+    """YAML with the scalars of 1.2: `no` is a string, 1e-5 a number, a date a string."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
@@ -410,7 +516,10 @@ def parse_yaml(text: str, name: str) -> Layer:
         if loc:
             origin.setdefault(loc, place)
         if node.tag.rpartition(":")[2] not in ("map", "seq", "str", "int", "float", "bool", "null"):
-            faults.append(f"{place}: {'.'.join(map(str, loc))}: the tag {node.tag} is not allowed; plain values only")
+            faults.append(
+                f"{place}: {'.'.join(map(str, loc))}: the tag {node.tag} is not allowed; plain "
+                "values only"
+            )
             return None
         if isinstance(node, yaml.MappingNode):
             result: dict[Hashable, Any] = {}
@@ -418,11 +527,14 @@ def parse_yaml(text: str, name: str) -> Layer:
                 key = build(key_node, ()) if isinstance(key_node, yaml.ScalarNode) else None
                 key_place = f"{name}:{key_node.start_mark.line + 1}"
                 if not isinstance(key, str):
-                    faults.append(f"{key_place}: {key_node.value!r} is not a name; keys are plain words")
+                    faults.append(
+                        f"{key_place}: {key_node.value!r} is not a name; keys are plain words"
+                    )
                     continue
                 if key in result:
                     faults.append(
-                        f"{key_place}: {'.'.join(map(str, (*loc, key)))} stands twice (first at {origin[(*loc, key)]}); keep one"
+                        f"{key_place}: {'.'.join(map(str, (*loc, key)))} stands twice (first at "
+                        f"{origin[(*loc, key)]}); keep one"
                     )
                     continue
                 origin[(*loc, key)] = key_place
@@ -444,15 +556,21 @@ def parse_yaml(text: str, name: str) -> Layer:
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
         raise UserError(
-            f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that line"
+            f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that "
+            "line"
         ) from None
     values = {} if root is None else build(root, ())
     if not faults and not isinstance(values, dict):
-        faults.append(f"{name}: sections with keys are expected, not a {type(values).__name__}; see `etude init`")
+        faults.append(
+            f"{name}: sections with keys are expected, not a {type(values).__name__}; see `etude "
+            "init`"
+        )
     if faults:
         raise UserError("The configuration cannot be read:\n  " + "\n  ".join(faults))
     # A section whose keys are all commented out means: its defaults.
-    return Layer({section: {} if keys is None else keys for section, keys in values.items()}, origin)
+    return Layer(
+        {section: {} if keys is None else keys for section, keys in values.items()}, origin
+    )
 
 
 def parse_override(text: str) -> Layer:
@@ -467,8 +585,12 @@ def parse_override(text: str) -> Layer:
         raise UserError(
             f"command line: {text!r} is not of the form section.key=value, for example lora.r=16"
         )
-    parsed = parse_yaml("v: " + value if value.strip() else "v:", f"command line ({text})").values["v"]
-    return Layer({section: {name: parsed}}, {(section,): "command line", (section, name): "command line"})
+    parsed = parse_yaml("v: " + value if value.strip() else "v:", f"command line ({text})").values[
+        "v"
+    ]
+    return Layer(
+        {section: {name: parsed}}, {(section,): "command line", (section, name): "command line"}
+    )
 
 
 def preset_path(name: str) -> Path:
@@ -498,7 +620,11 @@ def to_yaml(config: Config, comments: bool = True) -> str:
     """Write `config` as YAML, each key under its section, with one comment each if `comments`."""
     lines = []
     if comments:
-        lines += ["# Etude's configuration. Every key is optional; what is left out takes the value shown here.", ""]
+        lines += [
+            "# Etude's configuration. Every key is optional; what is left out takes the value "
+            "shown here.",
+            "",
+        ]
     for section in Config.model_fields:
         part: Section = getattr(config, section)
         if comments:
@@ -517,7 +643,7 @@ def to_yaml(config: Config, comments: bool = True) -> str:
 
 
 def _scalar(value: object) -> str:
-    """One value as YAML on one line, in a form that `_StrictLoader` reads back as the same value."""
+    """One value as YAML on one line, which `_StrictLoader` reads back as the same value."""
     if isinstance(value, float):
         mantissa, _, exponent = f"{value:e}".partition("e")
         short = f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
@@ -526,4 +652,4 @@ def _scalar(value: object) -> str:
         text = yaml.safe_dump(value, default_style='"', width=10**9, allow_unicode=True)
     else:
         text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    return str(text).removesuffix("...\n").strip()

@@ -36,7 +36,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as token ids; `supervised[i]` says that predicting token i counts in the loss."""
+    """A conversation as token ids; `supervised[i]`: predicting token i counts in the loss."""
 
     ids: list[int]
     supervised: list[bool]
@@ -59,8 +59,10 @@ class Renderer:
         stop_ids: ids at which generation ends: `end_of_turn` and the tokenizer's own end token.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, system_prompt: str | None = None) -> None:
-        """Take the tokenizer's own template unless one is given, and prove it on a small conversation.
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, system_prompt: str | None = None
+    ) -> None:
+        """Take the tokenizer's own template unless one is given; prove it on a small conversation.
 
         Raises:
             UserError: no template, or one whose ids cannot be reproduced or masked.
@@ -68,14 +70,18 @@ class Renderer:
         chosen = template or tokenizer.chat_template
         if not isinstance(chosen, str):
             raise UserError(
-                "The tokenizer of this model has no chat template, so conversations cannot be rendered. "
-                "Take an instruct model, or give the template: model.chat_template: my_template.jinja"
+                "The tokenizer of this model has no chat template, so conversations cannot be "
+                "rendered. "
+                "Take an instruct model, or give the template: model.chat_template: "
+                "my_template.jinja"
             )
         self.tokenizer = tokenizer
         self.template = chosen
         self.system_prompt = system_prompt
         self._control = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+            token.content: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special
         }
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -90,15 +96,18 @@ class Renderer:
             example = self.render(probe)
         except RenderError as error:
             raise UserError(
-                f"The chat template cannot be used for training: {error}. Give another: model.chat_template: FILE.jinja"
+                f"The chat template cannot be used for training: {error}. Give another: "
+                "model.chat_template: FILE.jinja"
             ) from None
         official = tokenizer.apply_chat_template(
             self._with_system(probe), chat_template=self.template, return_dict=False
         )
         if example.ids != official:
             raise UserError(
-                "The chat template of this model gives other token ids than its tokenizer by itself, so its prompts "
-                "would not be the ones that the model knows. Please report the model's name; nothing was trained"
+                "The chat template of this model gives other token ids than its tokenizer by "
+                "itself, so its prompts "
+                "would not be the ones that the model knows. Please report the model's name; "
+                "nothing was trained"
             )
         self._probe_ids = example.ids
         self.end_of_turn = max(
@@ -121,7 +130,8 @@ class Renderer:
                 prompt = self._apply(messages[:index], generation_prompt=True)
                 if not text.startswith(prompt) or spans[index][0] < len(prompt):
                     raise RenderError(
-                        f"message {index + 1}: the template writes the prompt before this answer in another way "
+                        f"message {index + 1}: the template writes the prompt before this answer "
+                        "in another way "
                         "than it does in a chat"
                     )
                 starts[len(prompt)] = spans[index][1]
@@ -144,13 +154,13 @@ class Renderer:
         return self._encode(text, spans, starts).ids
 
     def text(self, text: str) -> Example:
-        """Plain text without a template: every token is supervised, and the tokenizer's end token ends it."""
+        """Plain text without a template, all supervised; the tokenizer's end token ends it."""
         ids = [*self._plain(text), self.tokenizer.eos_token_id]
         # The first token has nothing before it from which it could be predicted.
         return Example(ids, [False] + [True] * (len(ids) - 1))
 
     def state(self) -> dict[str, Any]:
-        """What a later loader must agree on: template, system prompt, stop tokens, ids of the probe."""
+        """What a later loader must agree on: template, system prompt, stop tokens, probe ids."""
         return {
             "template": self.template,
             "system_prompt": self.system_prompt,
@@ -167,9 +177,13 @@ class Renderer:
         mine = self.state()
         differing = [key for key in mine if mine[key] != stored.get(key)]
         if differing:
-            shown = "; ".join(f"{key}: trained {stored.get(key)!r:.80}, now {mine[key]!r:.80}" for key in differing)
+            shown = "; ".join(
+                f"{key}: trained {stored.get(key)!r:.80}, now {mine[key]!r:.80}"
+                for key in differing
+            )
             raise UserError(
-                f"{where}: the chat format differs from the one that this adapter was trained with ({shown}). "
+                f"{where}: the chat format differs from the one that this adapter was trained with "
+                f"({shown}). "
                 "Use the same base and tokenizer as in training, or train again"
             )
 
@@ -197,15 +211,20 @@ class Renderer:
 
     def _frame_uncached(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
         """The template's own text before, between and after the messages' contents."""
-        # Private-use characters: no template treats them specially, and content is not there to hold them.
+        # Private-use characters: no template treats them specially.
         marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
-        marked: list[Message] = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+        marked: list[Message] = [
+            {"role": r, "content": m} for r, m in zip(roles, marks, strict=True)
+        ]
         rest = self._apply(marked, generation_prompt)
         frame = []
         for index, mark in enumerate(marks):
             before, found, rest = rest.partition(mark)
             if not found or mark in rest:
-                raise RenderError(f"the template {'repeats' if found else 'leaves out'} message {index + 1} ({roles[index]})")
+                raise RenderError(
+                    f"the template {'repeats' if found else 'leaves out'} message {index + 1} "
+                    f"({roles[index]})"
+                )
             frame.append(before)
         return [*frame, rest]
 
@@ -213,7 +232,7 @@ class Renderer:
         """Character range of each message's content in the rendered text.
 
         The frame is rebuilt around the contents (as they are, or stripped as some templates do)
-        and must give the rendered text again, so content that imitates the template cannot shift it.
+        and must give the rendered text again, so content that imitates the template shifts nothing.
         """
         for message in messages:
             if message["role"] not in ROLES:
@@ -223,10 +242,15 @@ class Renderer:
             spans = self._fits(self._frame(roles, generation_prompt), messages, text)
             if spans is not None:
                 return spans
-        raise RenderError("the template alters the text of a message, so it cannot be told from the template's own")
+        raise RenderError(
+            "the template alters the text of a message, so it cannot be told from the template's "
+            "own"
+        )
 
     @staticmethod
-    def _fits(frame: list[str], messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+    def _fits(
+        frame: list[str], messages: Sequence[Message], text: str
+    ) -> list[tuple[int, int]] | None:
         position = len(frame[0])
         if not text.startswith(frame[0]):
             return None
@@ -248,7 +272,9 @@ class Renderer:
         tokens = []
         position = 0
         for begin, end in [*spans, (len(text), len(text))]:
-            tokens += [(m.start(), m.end()) for m in self._control_pattern.finditer(text, position, begin)]
+            tokens += [
+                (m.start(), m.end()) for m in self._control_pattern.finditer(text, position, begin)
+            ]
             position = end
         ids: list[int] = []
         supervised: list[bool] = []
@@ -269,7 +295,9 @@ class Renderer:
                 content_end, answering = starts[begin], True
             position = end
         if answering:
-            raise RenderError("the template does not end an answer with a special token, so it could never stop")
+            raise RenderError(
+                "the template does not end an answer with a special token, so it could never stop"
+            )
         return Example(ids, supervised)
 
     def _plain(self, text: str) -> list[int]:

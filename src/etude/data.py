@@ -27,7 +27,13 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL = {"alpaca": ("input",), "prompt_completion": ("quality",)}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
 FAULTS_SHOWN = 10
 
 
@@ -88,10 +94,17 @@ class Report:
         self.dropped.setdefault(reason, []).append(line)
 
     def notices(self) -> list[str]:
-        """Sentences about rows that were changed, dropped or stand twice; empty when all is well."""
+        """Sentences about rows changed, dropped or standing twice; empty when all is well."""
         found = [(f"dropped ({reason})", lines) for reason, lines in self.dropped.items()]
-        found += [("truncated, end token kept", self.truncated), ("the same as an earlier row", self.duplicates)]
-        return [f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}" for what, lines in found if lines]
+        found += [
+            ("truncated, end token kept", self.truncated),
+            ("the same as an earlier row", self.duplicates),
+        ]
+        return [
+            f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}"
+            for what, lines in found
+            if lines
+        ]
 
 
 def read(source: str, settings: Dataset) -> Table:
@@ -116,8 +129,8 @@ def read(source: str, settings: Dataset) -> Table:
     if stray:
         guess = nearest(stray[0], known)
         raise UserError(
-            f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has {', '.join(known)}"
-            + (f"; did you mean {guess}?" if guess else "")
+            f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has "
+            f"{', '.join(known)}" + (f"; did you mean {guess}?" if guess else "")
         )
     rows: list[Row] = []
     faults: list[str] = []
@@ -126,7 +139,10 @@ def read(source: str, settings: Dataset) -> Table:
         missing = [columns.get(name, name) for name in needed if fields[name] is None]
         try:
             if missing:
-                raise ValueError(f"no {' and no '.join(map(repr, missing))}; it has: {', '.join(map(str, values)) or 'nothing'}")
+                raise ValueError(
+                    f"no {' and no '.join(map(repr, missing))}; it has: "
+                    f"{', '.join(map(str, values)) or 'nothing'}"
+                )
             rows.append(_CONVERT[form](line, fields))
         except ValueError as error:
             faults.append(f"{source}:{line}: {error}")
@@ -136,16 +152,21 @@ def read(source: str, settings: Dataset) -> Table:
         labels = settings.labels or sorted({row.label for row in rows if row.label})
         strange = [row for row in rows if row.label not in labels]
         _raise_faults(
-            [f"{source}:{row.line}: label {row.label!r} is not one of {', '.join(labels)}" for row in strange],
+            [
+                f"{source}:{row.line}: label {row.label!r} is not one of {', '.join(labels)}"
+                for row in strange
+            ],
             "mend the rows or dataset.labels",
         )
         if len(labels) < 2:
-            raise UserError(f"{source}: only one label ({labels[0]}); a classification needs at least two")
+            raise UserError(
+                f"{source}: only one label ({labels[0]}); a classification needs at least two"
+            )
     return Table(source, form, rows, fingerprint, labels)
 
 
 def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Message]:
-    """The prompt of a classification: dataset.instruction with its labels and the text filled in."""
+    """The prompt of a classification: dataset.instruction with labels and text filled in."""
     parts = {"{labels}": ", ".join(labels), "{text}": text}
     # One pass, so that braces in the text stay what they are.
     content = re.sub(r"\{labels\}|\{text\}", lambda match: parts[match[0]], settings.instruction)
@@ -159,7 +180,9 @@ def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> l
     return [*instruct(row.text, labels, settings), {"role": "assistant", "content": row.label}]
 
 
-def encode(table: Table, renderer: Renderer, settings: Dataset, split: str) -> tuple[list[Example], Report]:
+def encode(
+    table: Table, renderer: Renderer, settings: Dataset, split: str
+) -> tuple[list[Example], Report]:
     """Render every row and bring it under `max_length`.
 
     Over-length rows are cut inside the last answer that fits, whose end token is kept, or dropped
@@ -200,7 +223,8 @@ def encode(table: Table, renderer: Renderer, settings: Dataset, split: str) -> t
             report.labels[row.label] = report.labels.get(row.label, 0) + 1
     if not examples:
         raise UserError(
-            f"{table.source}: none of {len(table.rows)} rows is left for {split}:\n  " + "\n  ".join(report.notices())
+            f"{table.source}: none of {len(table.rows)} rows is left for {split}:\n  "
+            + "\n  ".join(report.notices())
         )
     return examples, report
 
@@ -243,7 +267,9 @@ def sample(table: Table, max_rows: int | None, seed: int) -> Table:
     if max_rows is None or max_rows >= len(table.rows):
         return table
     kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
-    return Table(table.source, table.format, [table.rows[i] for i in kept], table.fingerprint, table.labels)
+    return Table(
+        table.source, table.format, [table.rows[i] for i in kept], table.fingerprint, table.labels
+    )
 
 
 def overlap(train: Table, other: Table, name: str) -> str | None:
@@ -252,11 +278,14 @@ def overlap(train: Table, other: Table, name: str) -> str | None:
     lines = [row.line for row in other.rows if row.key in known]
     if not lines:
         return None
-    return f"{name}: {len(lines)} of {len(other.rows)} rows stand in train too, so its figures flatter: {_lines(lines)}"
+    return (
+        f"{name}: {len(lines)} of {len(other.rows)} rows stand in train too, so its figures "
+        f"flatter: {_lines(lines)}"
+    )
 
 
 def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The example's text in stretches, each with whether it is supervised: for showing to a person."""
+    """The example's text in stretches, each with whether it is supervised: to show to a person."""
     start = 0
     for at in range(1, len(example) + 1):
         if at == len(example) or example.supervised[at] != example.supervised[start]:
@@ -267,7 +296,9 @@ def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _detect(columns: set[str], settings: Dataset, source: str, first: tuple[int, dict[str, Any]]) -> str:
+def _detect(
+    columns: set[str], settings: Dataset, source: str, first: tuple[int, dict[str, Any]]
+) -> str:
     if settings.format != "auto":
         return settings.format
     for name, needed in FORMATS.items():
@@ -275,17 +306,27 @@ def _detect(columns: set[str], settings: Dataset, source: str, first: tuple[int,
             return name
     shapes = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in FORMATS.items())
     raise UserError(
-        f"{source}:{first[0]}: no known format has the columns {', '.join(sorted(map(str, first[1]))) or '(none)'}. "
-        f"Known: {shapes}. Map your names with dataset.columns, e.g. {{prompt: question, completion: answer}}"
+        f"{source}:{first[0]}: no known format has the columns "
+        f"{', '.join(sorted(map(str, first[1]))) or '(none)'}. "
+        f"Known: {shapes}. Map your names with dataset.columns, e.g. "
+        f"{{prompt: question, completion: answer}}"
     )
 
 
 def _read_file(path: Path, source: str) -> tuple[list[tuple[int, dict[str, Any]]], str]:
     if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
+        near = (
+            nearest(path.name, [p.name for p in path.parent.glob("*")])
+            if path.parent.is_dir()
+            else None
+        )
         raise UserError(
             f"{source}: no such file (looked in {path.parent.resolve()})"
-            + (f"; did you mean {path.parent / near}?" if near else "; paths are relative to where you run etude")
+            + (
+                f"; did you mean {path.parent / near}?"
+                if near
+                else "; paths are relative to where you run etude"
+            )
         )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{source}: unknown kind of file; known: {', '.join(SUFFIXES)}")
@@ -301,7 +342,8 @@ def _read_file(path: Path, source: str) -> tuple[list[tuple[int, dict[str, Any]]
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
             raise UserError(
-                f"{source}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save the file as UTF-8"
+                f"{source}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save the file "
+                "as UTF-8"
             ) from None
         rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[path.suffix](text, source)
     return rows, hashlib.sha256(data).hexdigest()
@@ -325,9 +367,14 @@ def _json(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise UserError(f"{source}:{line}: {_json_fault(error)}; a .json file is one list of objects") from None
+        raise UserError(
+            f"{source}:{line}: {_json_fault(error)}; a .json file is one list of objects"
+        ) from None
     if not isinstance(items, list):
-        raise UserError(f"{source}:1: a .json file is one list of objects, [{{...}}, ...]; one object a line is .jsonl")
+        raise UserError(
+            f"{source}:1: a .json file is one list of objects, [{{...}}, ...]; one object a line "
+            "is .jsonl"
+        )
     # json tells no positions, so the objects are walked once more for their lines.
     decoder, position, lines = json.JSONDecoder(), text.index("[") + 1, []
     for _ in items:
@@ -352,11 +399,15 @@ def _csv(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
         names = reader.fieldnames or []
         doubled = [name for name, times in Counter(names).items() if times > 1]
         if doubled:
-            raise UserError(f"{source}:1: the column {doubled[0]!r} stands twice in the header; rename one")
+            raise UserError(
+                f"{source}:1: the column {doubled[0]!r} stands twice in the header; rename one"
+            )
         line = reader.line_num + 1
         for values in reader:
             if None in values or None in values.values():
-                faults.append(f"{source}:{line}: not as many fields as the header has ({', '.join(names)})")
+                faults.append(
+                    f"{source}:{line}: not as many fields as the header has ({', '.join(names)})"
+                )
             rows.append((line, dict(values)))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -366,20 +417,23 @@ def _csv(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _parquet(path: Path, source: str) -> list[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{source}: not a readable parquet file: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _read_hub(source: str) -> tuple[list[tuple[int, dict[str, Any]]], str]:
     name, _, split = source.partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a Hub data set (owner/name or owner/name:split)"
+            f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a Hub data set (owner/name or "
+            "owner/name:split)"
         )
     import datasets
 
@@ -410,12 +464,16 @@ def _raise_faults(faults: list[str], advice: str) -> None:
     if faults:
         shown = faults[:FAULTS_SHOWN]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise UserError(f"{len(faults)} rows cannot be used ({advice}):\n  " + "\n  ".join(shown + more))
+        raise UserError(
+            f"{len(faults)} rows cannot be used ({advice}):\n  " + "\n  ".join(shown + more)
+        )
 
 
 def _lines(lines: Sequence[int]) -> str:
     shown = ", ".join(map(str, lines[:FAULTS_SHOWN]))
-    return f"line{'s' if len(lines) > 1 else ''} {shown}" + (", ..." if len(lines) > FAULTS_SHOWN else "")
+    return f"line{'s' if len(lines) > 1 else ''} {shown}" + (
+        ", ..." if len(lines) > FAULTS_SHOWN else ""
+    )
 
 
 # --- formats: the fields of one row, in the common form; ValueError says what is wrong -----------
@@ -429,19 +487,32 @@ def _string(value: object, name: str) -> str:
     return value
 
 
-def _turns(value: object, name: str, role_key: str, content_key: str, roles: dict[str, str]) -> list[Message]:
+def _turns(
+    value: object, name: str, role_key: str, content_key: str, roles: dict[str, str]
+) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of turns with {role_key!r} and {content_key!r}")
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
-            raise ValueError(f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}")
+            raise ValueError(
+                f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}"
+            )
         role = turn.get(role_key)
         if role not in roles:
-            raise ValueError(f"{name}, turn {number}: {role_key} {role!r} is not one of {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _string(turn.get(content_key), f"turn {number}, {content_key}")})
+            raise ValueError(
+                f"{name}, turn {number}: {role_key} {role!r} is not one of {', '.join(roles)}"
+            )
+        messages.append(
+            {
+                "role": roles[role],
+                "content": _string(turn.get(content_key), f"turn {number}, {content_key}"),
+            }
+        )
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name}: the last turn must be the assistant's, for that is what is learnt")
+        raise ValueError(
+            f"{name}: the last turn must be the assistant's, for that is what is learnt"
+        )
     return messages
 
 
@@ -451,30 +522,49 @@ def _from_messages(line: int, fields: dict[str, Any]) -> Row:
 
 
 def _from_sharegpt(line: int, fields: dict[str, Any]) -> Row:
-    return Row(line, _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES))
+    return Row(
+        line, _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+    )
 
 
 def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Row:
-    messages: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    messages: list[Message] = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer},
+    ]
     return Row(line, messages, quality=quality)
 
 
 def _from_alpaca(line: int, fields: dict[str, Any]) -> Row:
-    parts = [_string(fields["instruction"], "instruction"), *([fields["input"]] if fields["input"] else [])]
-    return _pair(line, "\n\n".join(_string(part, "input") for part in parts), _string(fields["output"], "output"))
+    parts = [
+        _string(fields["instruction"], "instruction"),
+        *([fields["input"]] if fields["input"] else []),
+    ]
+    return _pair(
+        line,
+        "\n\n".join(_string(part, "input") for part in parts),
+        _string(fields["output"], "output"),
+    )
 
 
 def _from_prompt_completion(line: int, fields: dict[str, Any]) -> Row:
     quality = fields["quality"]
     if quality is not None and quality not in ("good", "fair", "poor"):
         raise ValueError(f"quality {quality!r} is not one of good, fair, poor")
-    return _pair(line, _string(fields["prompt"], "prompt"), _string(fields["completion"], "completion"), quality)
+    return _pair(
+        line,
+        _string(fields["prompt"], "prompt"),
+        _string(fields["completion"], "completion"),
+        quality,
+    )
 
 
 def _from_classification(line: int, fields: dict[str, Any]) -> Row:
     label = fields["label"]
     if isinstance(label, bool) or not isinstance(label, str | int):
-        raise ValueError(f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})")
+        raise ValueError(
+            f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})"
+        )
     return Row(line, [], _string(fields["text"], "text"), _string(str(label), "label"))
 
 

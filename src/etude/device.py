@@ -26,7 +26,9 @@ class Device:
         return dtype
 
 
-def choose(dtype: str = "auto", use_cpu: bool = False, fp16: bool = False, bf16: bool = False) -> Device:
+def choose(
+    dtype: str = "auto", use_cpu: bool = False, fp16: bool = False, bf16: bool = False
+) -> Device:
     """Pick the device and the dtype of the base's weights.
 
     With mixed precision (`fp16`, `bf16`) `auto` holds the base in that format too.
@@ -40,7 +42,9 @@ def choose(dtype: str = "auto", use_cpu: bool = False, fp16: bool = False, bf16:
         name, where = "cuda", torch.cuda.get_device_name()
         capability = torch.cuda.get_device_capability()
         # bfloat16 came with Ampere (8.0); before it, float16 is the fast 16-bit format.
-        automatic, why = ("bfloat16", "computes bf16") if capability >= (8, 0) else ("float16", "has no bf16")
+        automatic, why = (
+            ("bfloat16", "computes bf16") if capability >= (8, 0) else ("float16", "has no bf16")
+        )
     elif not use_cpu and torch.backends.mps.is_available():
         name, where, automatic, why = "mps", "Apple GPU", "float32", "float32 is exact there"
     else:
@@ -48,7 +52,11 @@ def choose(dtype: str = "auto", use_cpu: bool = False, fp16: bool = False, bf16:
         facts = torch.cpu.get_capabilities()
         where = f"{facts.get('cpu_name') or 'CPU'}, {torch.get_num_threads()} threads"
         # bf16 without matrix units (AMX) is several times slower than float32 on a CPU.
-        automatic, why = ("bfloat16", "has AMX units for bf16") if facts.get("amx_bf16") else ("float32", "has no bf16 units")
+        automatic, why = (
+            ("bfloat16", "has AMX units for bf16")
+            if facts.get("amx_bf16")
+            else ("float32", "has no bf16 units")
+        )
     if name == "cpu" and (fp16 or dtype == "float16"):
         key = "training.fp16 is true" if fp16 else "model.dtype is float16"
         raise UserError(
@@ -56,7 +64,9 @@ def choose(dtype: str = "auto", use_cpu: bool = False, fp16: bool = False, bf16:
             "Set training.fp16: false and model.dtype: auto"
         )
     if bf16 and automatic == "float16":
-        raise UserError(f"training.bf16 is true, but {where} has no bfloat16; set training.fp16: true instead")
+        raise UserError(
+            f"training.bf16 is true, but {where} has no bfloat16; set training.fp16: true instead"
+        )
     if dtype != "auto":
         chosen, reason = dtype, "asked for by model.dtype"
     elif fp16 or bf16:

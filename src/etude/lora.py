@@ -15,7 +15,8 @@ class Count(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters train, {self.trainable / self.total:.2%}"
+        share = self.trainable / self.total
+        return f"{self.trainable:,} of {self.total:,} parameters train, {share:.2%}"
 
 
 def attach(model: Any, settings: Lora, base_name: str) -> Any:
@@ -36,8 +37,10 @@ def attach(model: Any, settings: Lora, base_name: str) -> Any:
         guesses = {name: nearest(name, linear) for name in unknown}
         hint = ", ".join(f"did you mean {guess}?" for guess in guesses.values() if guess)
         raise UserError(
-            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in {base_name}; {hint} "
-            f"It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or [all-linear]"
+            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in "
+            f"{base_name}; {hint} "
+            f"It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or "
+            "[all-linear]"
         )
     peft_config = LoraConfig(
         r=settings.r,
@@ -55,7 +58,7 @@ def attach(model: Any, settings: Lora, base_name: str) -> Any:
 
 
 def linear_names(model: Any) -> dict[str, int]:
-    """Last names of the linear layers that can be adapted (the output head aside) and how often each occurs."""
+    """Last names of the linear layers, the output head aside, and how often each occurs."""
     import torch
 
     head = model.get_output_embeddings()
@@ -75,7 +78,7 @@ def count(model: Any) -> Count:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapter as a standard PEFT folder (adapter_config.json, adapter_model.safetensors)."""
+    """Write a standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
     # save_embedding_layers would ask the Hub whether the vocabulary was resized; it never is here.
     model.save_pretrained(folder, save_embedding_layers=False)
 

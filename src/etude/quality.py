@@ -89,6 +89,9 @@ _ASKS_LIST = re.compile(
 _JSON_BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.S | re.I)
 
 
+LABELS = ("good", "fair", "poor")
+
+
 class Judgement(TypedDict):
     """The score (0 to 1), its label, and the share (0 to 1) that each heuristic gave."""
 

@@ -13,8 +13,22 @@ from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError
 
-CONFIG, MANIFEST, METRICS, CHECKPOINTS = "config.yml", "manifest.json", "metrics.jsonl", "checkpoints"
-LIBRARIES = ("etude", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets")
+CONFIG, MANIFEST, METRICS, CHECKPOINTS = (
+    "config.yml",
+    "manifest.json",
+    "metrics.jsonl",
+    "checkpoints",
+)
+LIBRARIES = (
+    "etude",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+)
 
 
 @dataclass(frozen=True)
@@ -33,29 +47,39 @@ class Target:
         return lora.merge(lora.load(self.base.model, self.adapter))
 
 
+def open_config(name: str, overrides: list[str]) -> Config:
+    """The configuration of a run, of an adapter made elsewhere, or the default one for a model's name.
+
+    Raises:
+        UserError: no such run, one without an adapter, or faults in its configuration.
+    """
+    folder = Path(name).expanduser()
+    if lora.is_adapter(folder):
+        if (folder / CONFIG).is_file():
+            return configuration.load(folder / CONFIG, overrides=overrides)
+        # An adapter made elsewhere tells its base only.
+        name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    elif (folder / CONFIG).is_file():
+        raise UserError(
+            f"{name}: this run has no adapter yet; its training did not end. "
+            f"Go on with: etude train {folder / CONFIG} --resume"
+        )
+    elif name.startswith("runs/") and not folder.is_dir():
+        there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
+        raise UserError(
+            f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}"
+        )
+    return configuration.load(None, overrides=[f"model.name={json.dumps(name)}", *overrides])
+
+
 def open_target(name: str, overrides: list[str]) -> Target:
     """Open a run folder, a PEFT adapter folder or a model by name, with its base loaded.
 
     Raises:
         UserError: not there, or an adapter that was trained on another base or chat format.
     """
+    config = open_config(name, overrides)
     folder = Path(name).expanduser()
-    if not lora.is_adapter(folder):
-        if (folder / CONFIG).is_file():
-            raise UserError(
-                f"{name}: this run has no adapter yet; its training did not end. "
-                f"Go on with: etude train {folder / CONFIG} --resume"
-            )
-        if name.startswith("runs/") and not folder.exists():
-            there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
-            raise UserError(f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}")
-        config = configuration.load(None, overrides=[f"model.name={json.dumps(name)}", *overrides])
-        return Target(*_load(config), config, None)
-    if (folder / CONFIG).is_file():
-        config = configuration.load(folder / CONFIG, overrides=overrides)
-    else:  # an adapter made elsewhere tells its base only
-        base_name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        config = configuration.load(None, overrides=[f"model.name={json.dumps(base_name)}", *overrides])
     base, renderer = _load(config)
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
@@ -66,7 +90,7 @@ def open_target(name: str, overrides: list[str]) -> Target:
                 f"({base.identity}). Pin model.revision, or give the base it was trained on"
             )
         renderer.check_state(manifest.get("chat_format", {}), name)
-    return Target(base, renderer, config, folder)
+    return Target(base, renderer, config, folder if lora.is_adapter(folder) else None)
 
 
 def _load(config: Config) -> tuple[models.Base, Renderer]:
@@ -86,7 +110,9 @@ def renderer_for(base: models.Base, config: Config) -> Renderer:
         try:
             template = Path(config.model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {config.model.chat_template}: cannot be read: {error}") from None
+            raise UserError(
+                f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"
+            ) from None
     return Renderer(base.tokenizer, template, config.dataset.system_prompt)
 
 
@@ -103,7 +129,9 @@ def read_json(path: Path) -> dict[str, Any]:
         problem = "not a JSON object"
     except (OSError, ValueError) as error:
         problem = str(error)
-    raise UserError(f"{path}: cannot be read: {problem}; the run is damaged, train it again") from None
+    raise UserError(
+        f"{path}: cannot be read: {problem}; the run is damaged, train it again"
+    ) from None
 
 
 def environment() -> dict[str, Any]:

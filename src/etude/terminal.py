@@ -1,10 +1,12 @@
 """What the four programs share at the terminal: consoles, arguments, and how a mistake ends."""
 
+import contextlib
 import functools
 import logging
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 import typer
@@ -41,7 +43,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             err.print("\nstopped")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise typer.Exit(0) from None
 
     return wrapper
@@ -84,9 +86,55 @@ def _quiet() -> None:
 
 def quiet_transformers() -> None:
     """Silence transformers' bars and warnings; separate, for it imports transformers."""
-    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, shown on a terminal only; yields the function that advances it."""
+    from rich import progress
+
+    with progress.Progress(console=err, disable=not err.is_terminal, transient=True) as shown:
+        task = shown.add_task(label, total=total)
+        yield lambda steps: shown.advance(task, steps)
+
+
+class Progress:
+    """The progress of a training: a live line on a terminal, plain lines now and then elsewhere."""
+
+    def __init__(self, every: int) -> None:
+        """Print a plain line each `every` steps where there is no terminal."""
+        from rich import progress
+
+        self._every = every
+        self._bar = progress.Progress(
+            progress.TextColumn("step {task.completed}/{task.total}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[facts]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=err,
+        )
+        self._task = self._bar.add_task("", total=None, facts="")
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if err.is_terminal:
+            self._bar.stop()
+
+    def update(self, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
+        """Show a finished step."""
+        facts = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, total=steps, facts=facts)
+        if not err.is_terminal and (step % self._every == 0 or step in (1, steps)):
+            left = (time.perf_counter() - self._started) / step * (steps - step)
+            err.print(f"step {step}/{steps}  {facts}  {left:.0f} s left")

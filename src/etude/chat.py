@@ -1,0 +1,516 @@
+"""A run or a base, answering in the terminal: once (--prompt, a pipe) or as a conversation."""
+
+import itertools
+import json
+import re
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from etude import config as configuration
+from etude import lora, models, runs, terminal
+from etude.config import Generation
+from etude.conversation import Message, Renderer, RenderError
+from etude.errors import UserError, nearest
+from etude.generation import Response, generate
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+COMMANDS = {
+    "help": "this list",
+    "reset": "forget the conversation; system prompt and settings stay",
+    "undo": "drop the last question and its answer",
+    "retry": "drop the last answer and ask again",
+    "system": "[TEXT] show the system prompt, or set it; - goes back to the run's own",
+    "set": "KEY VALUE  change one of: " + ", ".join(Generation.model_fields),
+    "show": "the model, the settings, how full the context window is",
+    "save": "FILE  write the conversation as JSON",
+    "load": "FILE  go on with a saved conversation",
+    "exit": "leave; so do /quit and Ctrl-D",
+}
+KEYS = (
+    "Enter sends; Alt-Enter, or a backslash at the end of a line, begins a new line.\n"
+    "Ctrl-C stops an answer. A message that begins with / is written with // instead."
+)
+# C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def sampling(key: str) -> Any:
+    """The command-line option of one generation setting, explained by the schema itself."""
+    about = Generation.model_fields[key].description
+    return typer.Option(help=about, rich_help_panel="Sampling (default: the run's configuration)")
+
+
+@terminal.command
+def chat(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|MODEL] [KEY=VALUE]...",
+            help="a run folder or a model name (default: the newest run), and settings",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="answer this once, on stdout")] = None,
+    system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="base and tuned, in turn")] = False,
+    temperature: Annotated[float | None, sampling("temperature")] = None,
+    top_p: Annotated[float | None, sampling("top_p")] = None,
+    top_k: Annotated[int | None, sampling("top_k")] = None,
+    repetition_penalty: Annotated[float | None, sampling("repetition_penalty")] = None,
+    max_new_tokens: Annotated[int | None, sampling("max_new_tokens")] = None,
+    seed: Annotated[int | None, sampling("seed")] = None,
+) -> None:
+    """Chat with a run or a model. Text from a pipe is one prompt, answered once."""
+    options = {key: value for key, value in locals().items() if key in Generation.model_fields}
+    name, overrides = terminal.split_arguments(arguments or [])
+    overrides += [
+        f"generation.{key}={value}" for key, value in options.items() if value is not None
+    ]
+    question = read_question(prompt)
+    terminal.quiet_transformers()
+    target = runs.open_target(name or default_target(overrides), overrides)
+    talk = Talk(target, Conversation(system), compare, quiet=question is not None)
+    if question is None:
+        interactive(talk)
+    elif talk.ask(question).interrupted:
+        raise KeyboardInterrupt
+
+
+def read_question(prompt: str | None) -> str | None:
+    """The one prompt of --prompt or of a pipe; None in a terminal, where a conversation begins."""
+    if prompt is None and sys.stdin.isatty():
+        return None
+    where = "stdin" if prompt is None else "--prompt"
+    try:
+        # Bytes that are not UTF-8 arrive in arguments as lone surrogates, which do not encode.
+        raw = sys.stdin.buffer.read() if prompt is None else prompt.encode()
+        text = raw.decode().rstrip("\r\n")
+    except UnicodeError as error:
+        raise UserError(f"{where}: the prompt is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise UserError(
+            f"{where}: the prompt is empty; give one: etude chat --prompt TEXT, or run etude chat "
+            "in a terminal for a conversation"
+        )
+    return text
+
+
+def default_target(overrides: Sequence[str]) -> str:
+    """What to open when nothing is named: the newest run with an adapter, else the sample model."""
+    named = [text.partition("=")[2] for text in overrides if text.startswith("model.name=")]
+    if named:
+        return named[-1]
+    adapters = sorted(Path("runs").glob("*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
+    if adapters:
+        folder = str(adapters[-1].parent)
+        say(f"The newest run: {folder}")
+        return folder
+    say(f"No run under runs/ yet: this is the sample model, {models.SAMPLE}, untuned")
+    return models.SAMPLE
+
+
+def fit(
+    renderer: Renderer, messages: Sequence[Message], window: int | None, reserve: int
+) -> tuple[list[Message], int]:
+    """The messages that leave `reserve` tokens of `window` free, and how many turns were dropped.
+
+    A turn is a user message with its answer. The oldest go first; a system message and the last
+    user message always stay.
+
+    Raises:
+        UserError: the last user message alone does not fit.
+    """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if window is None or not turns:
+        return list(messages), 0
+    room = window - reserve
+
+    def size(dropped: int) -> int:
+        return len(renderer.prompt([*head, *messages[turns[dropped] :]]))
+
+    dropped = bisect_left(range(len(turns)), True, key=lambda dropped: size(dropped) <= room)
+    if dropped == len(turns):
+        raise UserError(
+            f"The prompt has {size(dropped - 1):,} tokens, and {max(room, 0):,} fit: the model's "
+            f"window of {window:,} less max_new_tokens {reserve:,}. Shorten it, or lower the latter"
+        )
+    return [*head, *messages[turns[dropped] :]], dropped
+
+
+@dataclass
+class Conversation:
+    """What was said. User and assistant take turns; the last question may still be unanswered."""
+
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last question has no answer yet."""
+        return bool(self.messages) and self.messages[-1]["role"] == "user"
+
+    def ask(self, text: str) -> None:
+        """Add a question, in place of one that never got an answer."""
+        if self.pending:
+            self.messages.pop()
+        self.messages.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        """Add the answer to the pending question."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def take_answer(self) -> str | None:
+        """Drop the last answer and return it; None if the last question is still pending."""
+        if not self.messages:
+            raise UserError("Nothing was asked yet")
+        return None if self.pending else self.messages.pop()["content"]
+
+    def undo(self) -> str:
+        """Drop the last question and its answer; return the question."""
+        self.take_answer()
+        return self.messages.pop()["content"]
+
+    def sent(self) -> list[Message]:
+        """The messages as the renderer takes them, a system prompt of this chat first."""
+        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return [*head, *self.messages]
+
+    def to_json(self) -> str:
+        """The conversation as text that `from_json` reads."""
+        value = {"system": self.system, "messages": self.messages}
+        return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Conversation":
+        """Read what `to_json` wrote; anything else is a ValueError that says where."""
+        value = json.loads(text)
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if not isinstance(messages, list) or not isinstance(value.get("system"), str | None):
+            raise ValueError('an object with "system" (text or null) and "messages" is expected')
+        for number, message in enumerate(messages, 1):
+            role = "user" if number % 2 else "assistant"
+            content = message.get("content") if isinstance(message, dict) else None
+            if not isinstance(content, str) or message != {"role": role, "content": content}:
+                raise ValueError(f'message {number}: "role" "{role}" and a "content" are expected')
+        return cls(value.get("system"), messages)
+
+
+class Talk:
+    """A model in conversation: what is said, how it is sampled, the terminal it is shown on."""
+
+    def __init__(
+        self, target: runs.Target, conversation: Conversation, compare: bool, quiet: bool
+    ) -> None:
+        """Take the model to answer with; `quiet` says nothing about an answer that is whole."""
+        if compare and target.adapter is None:
+            raise UserError(
+                f"--compare: {target.base.name} is a base, without an adapter to compare it with; "
+                "name a run (etude train makes one): etude chat runs/NAME --compare"
+            )
+        self.target, self.conversation, self.quiet = target, conversation, quiet
+        self.compare, self.settings, self.retries = compare, target.config.generation, 0
+        if compare and target.adapter:  # unmerged, the adapter can be switched off
+            self.model = lora.load(target.base.model, target.adapter)
+        else:
+            self.model = target.tuned()
+        self.window: int | None = getattr(self.model.config, "max_position_embeddings", None)
+
+    def ask(self, text: str) -> Response:
+        """Ask and show the answer."""
+        self.conversation.ask(text)
+        self.retries = 0
+        return self.answer(self.settings)
+
+    def retry(self) -> None:
+        """Ask the last question again; its former answer comes back if there is no new one."""
+        former, settings = self.conversation.take_answer(), self.settings
+        if former is not None and settings.temperature == 0:
+            say("At temperature 0 the same question gets the same answer; try /set temperature 0.7")
+        elif former is not None and settings.seed is not None:
+            self.retries += 1
+            settings = settings.model_copy(update={"seed": settings.seed + self.retries})
+            say(f"Seed {settings.seed} this time; {self.settings.seed} would give the same answer.")
+        try:
+            self.answer(settings)
+        finally:
+            if former is not None and self.conversation.pending:
+                self.conversation.answer(former)
+                say("The former answer stays in the conversation.")
+
+    def answer(self, settings: Generation) -> Response:
+        """Answer the pending question on stdout; if comparing, with the base first.
+
+        The conversation goes on with the tuned answer, even one cut short.
+
+        Raises:
+            KeyboardInterrupt: stopped before there was anything to keep.
+            UserError: the question does not fit, or the chat template refuses it.
+        """
+        renderer, sent = self.target.renderer, self.conversation.sent()
+        try:
+            messages, dropped = fit(renderer, sent, self.window, settings.max_new_tokens)
+            ids = renderer.prompt(messages)
+        except RenderError as error:
+            raise UserError(f"The chat template refuses this conversation: {error}") from None
+        if dropped:
+            say(f"The window is full; turns at the beginning that were not sent: {dropped}")
+        if self.compare:
+            terminal.out.print("base:", style="bold")
+            with self.model.disable_adapter():
+                base = self._write(ids, settings)
+            if base.interrupted:
+                raise KeyboardInterrupt
+            terminal.out.print("\ntuned:", style="bold")
+        response = self._write(ids, settings)
+        if response.interrupted and not response.text:
+            raise KeyboardInterrupt
+        self.conversation.answer(response.text)
+        return response
+
+    def _write(self, ids: list[int], settings: Generation) -> Response:
+        started = time.perf_counter()
+        [response] = generate(self.model, self.target.renderer, [ids], settings, on_text=Writer())
+        speed = response.tokens / (time.perf_counter() - started)
+        print(flush=True)
+        status = f"{response.tokens:,} tokens, {speed:.1f} tokens/s"
+        if response.interrupted:
+            status += "; stopped by Ctrl-C"
+        elif not response.finished:
+            status += f"; stopped at max_new_tokens {settings.max_new_tokens:,}"
+        if not (self.quiet and response.finished):
+            say(status)
+        return response
+
+
+class Writer:
+    """Shows an answer piece by piece: no control characters, no white space around it."""
+
+    def __init__(self) -> None:
+        self._held, self._begun = "", False
+
+    def __call__(self, piece: str) -> None:
+        """Write `piece`, but for white space that nothing has followed yet."""
+        text = self._held + printable(piece)
+        text = text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
+        print(shown, end="", flush=True)
+
+
+def printable(text: str) -> str:
+    """Text without the control characters by which it could drive the terminal."""
+    return CONTROL.sub("", text)
+
+
+def say(text: str, style: str = "dim") -> None:
+    """A notice to the person, on stderr."""
+    terminal.err.print(printable(text), style=style, markup=False)
+
+
+# --- the conversation in a terminal ----------------------------------------------------------
+
+
+def interactive(talk: Talk) -> None:
+    """Read lines and act on them until /exit or Ctrl-D; no error ends the conversation."""
+    target = talk.target
+    name = f"{target.adapter} on {target.base.name}" if target.adapter else target.base.name
+    say(f"{name}, {target.base.device.name}. /help lists the commands, Ctrl-D leaves.")
+    if talk.compare:
+        say("Each question goes to base and tuned; the conversation goes on with tuned's answers.")
+    session = prompt_session()
+    while True:
+        try:
+            line = session.prompt([("bold", "> ")]).rstrip()
+        except KeyboardInterrupt:
+            say("Ctrl-D or /exit leaves.")
+            continue
+        except EOFError:
+            return
+        try:
+            if line and handle(talk, line):
+                return
+        except KeyboardInterrupt:
+            say("\nstopped")
+        except UserError as error:
+            say(str(error), style="red")
+        except Exception as error:  # out of memory, say: what was said so far must not be lost
+            say(f"\n{type(error).__name__}: {error}", style="red")
+        else:
+            continue
+        if talk.conversation.pending:
+            say("The question is kept: /retry asks it again, a new one takes its place.")
+
+
+def prompt_session() -> "PromptSession[str]":
+    """The line editor: history on disk, several lines, commands completed by Tab."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+            return
+        # Bytes that are no UTF-8 come in as lone surrogates, which neither file nor model takes.
+        buffer.text = buffer.text.encode(errors="replace").decode()
+        buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def clear(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    history: History
+    file = models.cache_folder() / "history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        history = FileHistory(file)
+    except OSError:  # a read-only home: the arrow keys still work within this chat
+        history = InMemoryHistory()
+    return PromptSession(
+        history=history,
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
+        complete_while_typing=False,
+    )
+
+
+def handle(talk: Talk, line: str) -> bool:
+    """Act on one line, a question or a command; True if it was the last one."""
+    if not line.startswith("/") or line.startswith("//"):
+        talk.ask(line[1:] if line.startswith("//") else line)
+        return False
+    name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
+    conversation = talk.conversation
+    if rest and name in ("help", "reset", "undo", "retry", "show", "exit", "quit"):
+        raise UserError(f"/{name} stands alone; // begins a message with a slash")
+    if not rest and name in ("set", "save", "load"):
+        raise UserError(f"usage: /{name} {COMMANDS[name]}")
+    match name:
+        case "help":
+            say("\n".join(f"/{key:<7} {about}" for key, about in COMMANDS.items()) + f"\n{KEYS}")
+        case "reset":
+            conversation.messages.clear()
+            say("The conversation is forgotten.")
+        case "undo":
+            say(f"Dropped: {conversation.undo()}")
+        case "retry":
+            talk.retry()
+        case "system":
+            if rest:
+                conversation.system = None if rest == "-" else rest
+                say("From the next answer on:")
+            say(f"system prompt: {system_prompt(talk)}")
+        case "set":
+            key, value = (*re.split(r"[\s=]+", rest, maxsplit=1), "")[:2]
+            talk.settings = changed(talk.settings, key, value)
+            say(f"{key} {getattr(talk.settings, key)}")
+        case "show":
+            say(overview(talk))
+        case "save":
+            save(conversation, Path(rest).expanduser())
+            say(f"Saved to {rest}")
+        case "load":
+            talk.conversation = load(Path(rest).expanduser())
+            say(f"{len(talk.conversation.messages)} messages; system prompt: {system_prompt(talk)}")
+        case "exit" | "quit":
+            return True
+        case _:
+            guess = nearest(name, COMMANDS)
+            hint = f"did you mean /{guess}?" if guess else "/help lists them;"
+            raise UserError(f"/{name}: no such command; {hint} // begins a message with a slash")
+    return False
+
+
+def changed(settings: Generation, key: str, value: str) -> Generation:
+    """The settings with one changed, checked by the schema of config.yml."""
+    fields = Generation.model_fields
+    if key not in fields:
+        guess = nearest(key, fields)
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(fields)}"
+        raise UserError(f"/set {key}: no such setting; {hint}")
+    values = configuration.parse_override(f"generation.{key}={value}").values["generation"]
+    try:
+        return Generation.model_validate({**settings.model_dump(), **values})
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].replace("Input should", "should")
+        raise UserError(
+            f"/set {key}: {value or 'nothing'} {problem} ({fields[key].description})"
+        ) from None
+
+
+def system_prompt(talk: Talk) -> str:
+    """The system prompt in force, for a person to read."""
+    if talk.conversation.system is not None:
+        return talk.conversation.system
+    return talk.target.renderer.system_prompt or "(the chat template's own)"
+
+
+def overview(talk: Talk) -> str:
+    """What /show tells."""
+    target, messages = talk.target, talk.conversation.messages
+    tokens = len(target.renderer.prompt(talk.conversation.sent())) if messages else 0
+    place = target.base.device
+    rows = {
+        "model": f"{target.base.name}, {place.name}, {place.dtype}",
+        "adapter": target.adapter or "none",
+        "system": system_prompt(talk),
+        **talk.settings.model_dump(),
+        "history": f"{len(messages)} messages, {tokens:,} tokens"
+        + (f" of a window of {talk.window:,}" if talk.window else ""),
+    }
+    return "\n".join(f"{key:<19} {value}" for key, value in rows.items())
+
+
+def save(conversation: Conversation, path: Path) -> None:
+    """Write a conversation to a new file; one that exists is not touched."""
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(conversation.to_json())
+    except FileExistsError:
+        names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        free = next(name for name in names if not name.exists())
+        raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def load(path: Path) -> Conversation:
+    """Read a conversation that `save` wrote."""
+    try:
+        return Conversation.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a saved conversation: {error}") from None
+
+
+if __name__ == "__main__":
+    terminal.run(chat)

@@ -1,0 +1,397 @@
+"""A run or a base in, a report out: a whole data set with metrics, or a single text."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from etude import batching, data, generation, metrics, quality, report, runs, terminal
+from etude.config import Config
+from etude.conversation import Example, Message, Renderer
+from etude.errors import UserError
+
+
+@terminal.command
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [KEY=VALUE]...",
+            help="a run folder or a model name, then settings: evaluation.method=generate",
+        ),
+    ],
+    base: Annotated[bool, typer.Option("--base", help="measure the base beside the run")] = False,
+    data_file: Annotated[
+        str | None, typer.Option("--data", help="the set to measure; else dataset.test")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="one text in place of a data set")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the report; else RUN/evaluation")
+    ] = None,
+) -> None:
+    """Measure a model: labels or responses against a data set, or the response to one text."""
+    name, overrides = terminal.split_arguments(arguments)
+    if name is None:
+        raise UserError(
+            "command line: which run or model? For example: etude evaluate runs/quickstart"
+        )
+    if text is not None and not text.strip():
+        raise UserError("--text is empty; give the text to be answered")
+    # Config and data first: their faults show before a model is loaded.
+    settings = runs.open_config(name, overrides)
+    table = None if text is not None else read_table(settings, data_file)
+    folder = report_folder(name, out) if table else None
+    terminal.quiet_transformers()
+    target = runs.open_target(name, overrides)
+    if base and target.adapter is None:
+        raise UserError(
+            f"--base compares a run with its base, and {name} is no run; leave --base out"
+        )
+    terminal.err.print(f"device   {target.base.device.why}")
+
+    if text is not None:
+        single(target.tuned(), target, text)
+        return
+    assert table is not None
+    assert folder is not None
+    measured: dict[str, dict[str, Any]] = {}
+    if any(row.quality for row in table.rows):
+        measured["heuristics"] = measure_judgement(table, target.config)
+    else:
+        if base:
+            measured["base"] = measure(target.base.model, target, table, "base")
+        tuned = "tuned" if target.adapter else "model"
+        measured[tuned] = measure(target.tuned(), target, table, tuned)
+
+    result = assemble(name, target.config, table, measured)
+    report.write_evaluation(result, measured, table.rows, folder)
+    for block in report.evaluation_tables(result):
+        terminal.out.print(block)
+    terminal.out.print(f"saved    {folder}/report.md, report.json, predictions.jsonl")
+
+
+def read_table(settings: Config, data_file: str | None) -> data.Table:
+    """The rows to measure, at most `evaluation.max_rows` of them.
+
+    Raises:
+        UserError: no data set is named, or it cannot be used.
+    """
+    source = data_file or settings.dataset.test
+    if source is None:
+        raise UserError("Nothing to measure: dataset.test is null; give a file: --data FILE")
+    table = data.read(source, settings.dataset)
+    return data.sample(table, settings.evaluation.max_rows, settings.training.seed)
+
+
+def report_folder(name: str, out: Path | None) -> Path:
+    """Where the report goes; a report that is there already is never overwritten."""
+    home = Path(name) if Path(name).is_dir() else Path("runs") / re.sub(r"\W+", "-", name)
+    folder = out or home / "evaluation"
+    if out and (out / "report.json").exists():
+        raise UserError(f"--out: {out} holds a report already; choose another folder")
+    number = 1
+    while (folder / "report.json").exists():
+        number += 1
+        folder = home / f"evaluation-{number}"
+    return folder
+
+
+def measure(model: Any, target: runs.Target, table: data.Table, name: str) -> dict[str, Any]:
+    """Every figure of one model on one data set, and what it said to every row."""
+    settings, renderer = target.config, target.renderer
+    if table.format == "classification":
+        return measure_labels(model, renderer, table, settings, name)
+    return measure_responses(model, renderer, table, settings, name)
+
+
+# --- classification --------------------------------------------------------------------------
+
+
+def measure_labels(
+    model: Any, renderer: Renderer, table: data.Table, settings: Config, name: str
+) -> dict[str, Any]:
+    """Predict the label of every row and compare with the truth."""
+    labels = cast(list[str], table.labels)
+    prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
+    if settings.evaluation.method == "likelihood":
+        scores = label_log_likelihoods(model, renderer, prompts, labels, settings, name)
+        predicted: list[str | None] = [labels[row.index(max(row))] for row in scores]
+        said: list[Any] = [dict(zip(labels, softmax(row), strict=True)) for row in scores]
+    else:
+        responses = respond(model, renderer, prompts, settings, name)
+        predicted = [parse_label(response.text, labels) for response in responses]
+        said = [response.text for response in responses]
+    truth = [cast(str, row.label) for row in table.rows]
+    return {**classify(truth, predicted, labels, settings), "said": said}
+
+
+def classify(
+    truth: Sequence[str],
+    predicted: Sequence[str | None],
+    labels: Sequence[str],
+    settings: Config,
+) -> dict[str, Any]:
+    """The classification metrics with their confidence intervals."""
+    result = metrics.classification(truth, predicted, labels)
+    intervals = metrics.confidence_intervals(
+        result["confusion"],
+        samples=settings.evaluation.bootstrap_samples,
+        level=settings.evaluation.confidence,
+        seed=settings.training.seed,
+    )
+    return {
+        "kind": "classification",
+        **result,
+        "intervals": intervals,
+        "truth": truth,
+        "predicted": predicted,
+    }
+
+
+def label_log_likelihoods(
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[Message]],
+    labels: Sequence[str],
+    settings: Config,
+    name: str,
+) -> list[list[float]]:
+    """Exact log P(label, end of turn | prompt) in nats for every prompt and label: [prompts][labels].
+
+    The sum runs over all tokens of a label and its end token, so that "positive" and "positively"
+    are told apart. Prompts and labels are packed: what they share is computed once.
+    """
+    candidates = [
+        renderer.render([*prompt, {"role": "assistant", "content": label}])
+        for prompt in prompts
+        for label in labels
+    ]
+    # Of a prompt with earlier answers in it, only the label counts.
+    answers = [last_answer(candidate) for candidate in candidates]
+    losses = sequence_losses(model, answers, settings, name)
+    size = len(labels)
+    return [[-loss for loss in losses[at : at + size]] for at in range(0, len(losses), size)]
+
+
+def last_answer(example: Example) -> Example:
+    """The same ids with only the last supervised stretch supervised."""
+    start = len(example) - 1
+    while not example.supervised[start]:
+        start -= 1
+    while example.supervised[start - 1]:
+        start -= 1
+    return Example(example.ids, [yes and at >= start for at, yes in enumerate(example.supervised)])
+
+
+def parse_label(response: str, labels: Sequence[str]) -> str | None:
+    """The label that a response means: itself, or the only one in it as a whole word; None if unclear."""
+    plain = response.strip().strip(".!\"'*`").casefold()
+    for label in labels:
+        if plain == label.casefold():
+            return label
+    found = [
+        label
+        for label in labels
+        if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", response.casefold())
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def softmax(scores: Sequence[float]) -> list[float]:
+    """Shares exp(s) / sum(exp(s)), computed from the largest so that nothing overflows."""
+    top = max(scores)
+    powers = [math.exp(score - top) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+# --- responses -------------------------------------------------------------------------------
+
+
+def measure_responses(
+    model: Any, renderer: Renderer, table: data.Table, settings: Config, name: str
+) -> dict[str, Any]:
+    """Perplexity of the references; for conversations also greedy responses, judged and compared."""
+    examples, fate = data.encode(table, renderer, settings.dataset, "test")
+    for notice in fate.notices():
+        terminal.err.print(f"notice   {notice}", markup=False)
+    losses = sequence_losses(model, examples, settings, name)
+    tokens = [sum(example.supervised) for example in examples]
+    result: dict[str, Any] = {
+        "kind": "responses",
+        "rows": len(table.rows),
+        "perplexity": metrics.perplexity(sum(losses), sum(tokens)),
+        "loss": sum(losses) / sum(tokens),
+        "losses": [loss / count for loss, count in zip(losses, tokens, strict=True)],
+    }
+    if table.format == "text":
+        return result
+    responses = respond(model, renderer, [row.messages[:-1] for row in table.rows], settings, name)
+    references = [row.messages[-1]["content"] for row in table.rows]
+    judgements = [
+        judge(row.messages[-2]["content"] if len(row.messages) > 1 else "", response, settings)
+        for row, response in zip(table.rows, responses, strict=True)
+    ]
+    count = len(judgements)
+    return {
+        **result,
+        **metrics.text_metrics(references, [response.text for response in responses]),
+        "finished": sum(response.finished for response in responses) / count,
+        "quality": sum(judgement["score"] for judgement in judgements) / count,
+        "quality_labels": {
+            label: sum(judgement["label"] == label for judgement in judgements)
+            for label in quality.LABELS
+        },
+        "quality_shares": {
+            heuristic: sum(judgement["shares"][heuristic] for judgement in judgements) / count
+            for heuristic in judgements[0]["shares"]
+        },
+        "predicted": [judgement["label"] for judgement in judgements],
+        "said": [response.text for response in responses],
+    }
+
+
+def measure_judgement(table: data.Table, settings: Config) -> dict[str, Any]:
+    """Judge the given completions by the heuristics and compare with the given quality labels."""
+    rows = [row for row in table.rows if row.quality]
+    judgements = [
+        quality.judge(
+            row.messages[-2]["content"],
+            row.messages[-1]["content"],
+            good_threshold=settings.evaluation.good_threshold,
+            fair_threshold=settings.evaluation.fair_threshold,
+        )
+        for row in rows
+    ]
+    given = [cast(str, row.quality) for row in rows]
+    predicted = [judgement["label"] for judgement in judgements]
+    said = [judgement["shares"] for judgement in judgements]
+    return {**classify(given, predicted, quality.LABELS, settings), "said": said}
+
+
+def judge(prompt: str, response: generation.Response, settings: Config) -> quality.Judgement:
+    """The quality of one response by the heuristics."""
+    return quality.judge(
+        prompt,
+        response.text,
+        good_threshold=settings.evaluation.good_threshold,
+        fair_threshold=settings.evaluation.fair_threshold,
+        finished=response.finished,
+    )
+
+
+def respond(
+    model: Any, renderer: Renderer, prompts: Sequence[list[Message]], settings: Config, name: str
+) -> list[generation.Response]:
+    """Greedy responses to all prompts, in batches of like length, in the prompts' order."""
+    greedy = settings.generation.model_copy(update={"temperature": 0.0})
+    ids = [renderer.prompt(prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+    responses: dict[int, generation.Response] = {}
+    with terminal.bar(f"{name}: responses", len(order)) as advance:
+        for start in range(0, len(order), settings.evaluation.batch_size):
+            chosen = order[start : start + settings.evaluation.batch_size]
+            answers = generation.generate(model, renderer, [ids[index] for index in chosen], greedy)
+            responses.update(zip(chosen, answers, strict=True))
+            advance(len(chosen))
+    return [responses[index] for index in range(len(ids))]
+
+
+def sequence_losses(
+    model: Any, examples: Sequence[Example], settings: Config, name: str
+) -> list[float]:
+    """Summed negative log-likelihood in nats of each example's supervised tokens."""
+    import torch
+
+    longest = max(map(len, examples))
+    packed = batching.why_not_packed(model, longest) is None
+    size = batching.budget(model.device.type, settings.evaluation.batch_size, longest)
+    passes = (
+        batching.pack(examples, size)
+        if packed
+        else batching.pad(examples, settings.evaluation.batch_size)
+    )
+
+    def told(advance: Any) -> Iterator[batching.Pass]:
+        for batch in passes:
+            yield batch
+            advance(len(batch.owner.unique()))
+
+    model.eval()
+    with torch.inference_mode(), terminal.bar(f"{name}: likelihoods", len(examples)) as advance:
+        return cast(
+            list[float], batching.sum_by_example(model, told(advance), len(examples)).tolist()
+        )
+
+
+# --- one text --------------------------------------------------------------------------------
+
+
+def single(model: Any, target: runs.Target, text: str) -> None:
+    """Answer one text and print the response, its quality and its perplexity; for a classifier, the labels."""
+    settings, renderer = target.config, target.renderer
+    labels = settings.dataset.labels
+    prompt: list[Message] = [{"role": "user", "content": text}]
+    if labels:
+        prompt = data.instruct(text, labels, settings.dataset)
+        (scores,) = label_log_likelihoods(model, renderer, [prompt], labels, settings, "labels")
+        ranked = sorted(zip(softmax(scores), labels, strict=True), reverse=True)
+        for share, label in ranked:
+            terminal.out.print(f"{label:<16} {share:6.1%}", markup=False)
+    (response,) = generation.generate(
+        model, renderer, [renderer.prompt(prompt)], settings.generation
+    )
+    terminal.out.print(f"response   {response.text}", markup=False)
+    if labels:
+        return
+    judgement = judge(text, response, settings)
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in judgement["shares"].items())
+    terminal.out.print(f"quality    {judgement['label']} ({judgement['score']:.2f}: {shares})")
+    if response.text:
+        answer = last_answer(
+            renderer.render([*prompt, {"role": "assistant", "content": response.text}])
+        )
+        (loss,) = sequence_losses(model, [answer], settings, "perplexity")
+        value = metrics.perplexity(loss, sum(answer.supervised))
+        terminal.out.print(f"perplexity {value:.2f} of the response under the model itself")
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def assemble(
+    name: str, settings: Config, table: data.Table, measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """report.json: what was measured on what, each model's figures, and base against tuned."""
+    private = ("truth", "predicted", "said", "losses")
+    result: dict[str, Any] = {
+        "target": name,
+        "base": settings.model.name,
+        "data": {
+            "source": table.source,
+            "sha256": table.fingerprint,
+            "rows": len(table.rows),
+            "format": table.format,
+        },
+        "method": settings.evaluation.method if table.format == "classification" else "greedy",
+        "models": {
+            model: {key: value for key, value in figures.items() if key not in private}
+            for model, figures in measured.items()
+        },
+        "environment": runs.environment(),
+    }
+    if len(measured) == 2:
+        first, second = measured["base"], measured["tuned"]
+        if first["kind"] == "classification":
+            result["comparison"] = metrics.mcnemar(
+                first["truth"], first["predicted"], second["predicted"]
+            )
+        else:
+            result["comparison"] = metrics.paired_losses(first["losses"], second["losses"])
+    return result
+
+
+if __name__ == "__main__":
+    terminal.run(evaluate)

@@ -1,0 +1,283 @@
+"""Tables and pictures: what a person reads of a run, as markdown, PNG and terminal tables."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from etude.data import Report, Row
+
+
+def data_table(reports: Sequence[Report]) -> Table:
+    """What became of the rows of every split."""
+    table = Table("split", "source", "format", title=None)
+    for name in ("rows", "kept", "truncated", "dropped", "tokens", "supervised", "longest"):
+        table.add_column(name, justify="right")
+    for r in reports:
+        numbers = (
+            r.rows,
+            r.kept,
+            len(r.truncated),
+            r.rows - r.kept,
+            r.tokens,
+            r.supervised,
+            r.longest,
+        )
+        table.add_row(r.split, r.source, r.format, *(f"{number:,}" for number in numbers))
+    return table
+
+
+def loss_plot(metrics_file: Path, picture: Path) -> None:
+    """Draw training and validation loss (nats a supervised token) over steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
+    """Draw a confusion matrix as a PNG: rows are the truth, columns the prediction, shares of a row."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    counts = np.array(result["confusion"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    labels, columns = result["labels"], result["columns"]
+    figure = Figure(
+        figsize=(2.2 + 0.9 * len(columns), 1.8 + 0.8 * len(labels)), layout="constrained"
+    )
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    for (row, column), count in np.ndenumerate(counts):
+        ink = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(
+            column, row, f"{count}\n{shares[row, column]:.0%}", ha="center", va="center", color=ink
+        )
+    figure.colorbar(image, label="share of the true class")
+    figure.savefig(picture, dpi=120)
+
+
+def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:
+    """README.md of a run folder: what the adapter is, how it was trained, how to load it."""
+    results, train = manifest["results"], manifest["data"]["train"]
+    loss = f"{results['eval_loss']:.4f}" if results.get("eval_loss") is not None else "not measured"
+    return f"""---
+base_model: {config.model.name}
+library_name: peft
+tags: [lora, etude]
+---
+
+# {Path(config.output.dir).name}
+
+A LoRA adapter for `{config.model.name}` ({manifest["base"]["identity"]}), trained with Etude
+{manifest["environment"]["libraries"]["etude"]}. {parameters}.
+
+| | |
+| --- | --- |
+| data | `{config.dataset.train}`, {train["kept"]:,} rows, format {train["format"]} |
+| rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {", ".join(config.lora.target_modules)} |
+| steps | {results["steps"]:,} of {config.training.batch_size * config.training.gradient_accumulation_steps} rows |
+| learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
+| validation loss | {loss} nats a token |
+
+`etude chat {config.output.dir}` talks to it; `etude evaluate {config.output.dir} --base` measures it.
+With PEFT alone:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "{config.output.dir}")  # base: a loaded {config.model.name}
+```
+
+`manifest.json` tells versions, seeds, data fingerprints and the chat format; `config.yml` trains it again.
+"""
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+def _percent(figures: dict[str, Any], key: str) -> str:
+    interval = figures["intervals"][key]
+    value = figures["accuracy"] if key == "accuracy" else figures["macro"]["f1"]
+    return f"{value:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The comparison table: its head (metric, then one column a model) and its rows."""
+    models: dict[str, dict[str, Any]] = result["models"]
+    first = next(iter(models.values()))
+    rows: list[tuple[str, Any]] = []
+    if first["kind"] == "classification":
+        level = f"{first['intervals']['level']:.0%} interval"
+        rows += [(f"accuracy [{level}]", lambda f: _percent(f, "accuracy"))]
+        rows += [(f"macro F1 [{level}]", lambda f: _percent(f, "macro_f1"))]
+        for name in ("precision", "recall"):
+            rows += [(f"macro {name}", lambda f, name=name: f"{f['macro'][name]:.3f}")]
+        rows += [("weighted F1", lambda f: f"{f['weighted']['f1']:.3f}")]
+        for label in first["labels"]:
+            rows += [
+                (f"F1 of {label}", lambda f, label=label: f"{f['per_class'][label]['f1']:.3f}")
+            ]
+        if any(figures["unparseable"] for figures in models.values()):
+            rows += [("unparseable answers", lambda f: str(f["unparseable"]))]
+    else:
+        rows += [("perplexity of the references", lambda f: f"{f['perplexity']:.2f}")]
+        if "exact_match" in first:
+            rows += [
+                ("exact match", lambda f: f"{f['exact_match']:.3f}"),
+                ("ROUGE-L", lambda f: f"{f['rouge_l']:.3f}"),
+                ("chrF", lambda f: f"{f['chrf']:.1f}"),
+                ("ended by itself", lambda f: f"{f['finished']:.1%}"),
+                ("quality (heuristics)", lambda f: f"{f['quality']:.2f}"),
+                (
+                    "good / fair / poor",
+                    lambda f: " / ".join(map(str, f["quality_labels"].values())),
+                ),
+            ]
+    head = ["", *models]
+    return head, [[name, *(show(figures) for figures in models.values())] for name, show in rows]
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One sentence: base against tuned by the paired test; empty when there is nothing to compare."""
+    test = result.get("comparison")
+    if not test:
+        return ""
+    p_value = "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
+    if "only_first_right" in test:
+        return (
+            f"On the same rows, tuned alone is right {test['only_second_right']} times and base alone "
+            f"{test['only_first_right']} times (McNemar's exact test: {p_value})."
+        )
+    return (
+        f"The reference is likelier under tuned in {test['second_likelier']} rows and under base in "
+        f"{test['first_likelier']} (Wilcoxon's signed-rank test: {p_value})."
+    )
+
+
+def evaluation_tables(result: dict[str, Any]) -> list[Any]:
+    """What the terminal shows: the comparison, the confusion matrices, the verdict."""
+    head, rows = summary(result)
+    source = result["data"]
+    table = Table(
+        *head, title=f"{result['target']} on {source['rows']:,} rows of {source['source']}"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    blocks: list[Any] = [table]
+    for name, figures in result["models"].items():
+        if figures["kind"] == "classification":
+            confusion = Table("true \\ predicted", *figures["columns"], title=f"confusion, {name}")
+            for label, counts in zip(figures["labels"], figures["confusion"], strict=True):
+                confusion.add_row(label, *map(str, counts))
+            blocks.append(confusion)
+    return [*blocks, verdict(result)] if verdict(result) else blocks
+
+
+def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: str) -> str:
+    """report.md of an evaluation."""
+    head, rows = summary(result)
+    source = result["data"]
+    parts = [
+        f"# {result['target']}",
+        f"{source['rows']:,} rows of `{source['source']}` (format {source['format']}, "
+        f"method {result['method']}); base `{result['base']}`.",
+        _markdown_table(head, rows),
+        verdict(result),
+    ]
+    for name, figures in result["models"].items():
+        if figures["kind"] == "classification":
+            counts = [
+                [label, *map(str, row)]
+                for label, row in zip(figures["labels"], figures["confusion"], strict=True)
+            ]
+            scores = [
+                [
+                    label,
+                    *(f"{of[key]:.3f}" for key in ("precision", "recall", "f1")),
+                    str(of["support"]),
+                ]
+                for label, of in figures["per_class"].items()
+            ]
+            parts += [
+                f"## {name}",
+                _markdown_table(["class", "precision", "recall", "F1", "rows"], scores),
+                _markdown_table(["true \\ predicted", *figures["columns"]], counts),
+                f"![confusion matrix of {name}]({pictures[name]})",
+            ]
+    return "\n\n".join(part for part in [*parts, said] if part) + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write_evaluation(
+    result: dict[str, Any], measured: dict[str, dict[str, Any]], rows: Sequence[Row], folder: Path
+) -> None:
+    """Write report.json, report.md, the pictures and predictions.jsonl (every row, every answer)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, figures in result["models"].items():
+        if figures["kind"] == "classification":
+            pictures[name] = f"confusion-{name}.png"
+            title = f"{name}: accuracy {figures['accuracy']:.3f}"
+            confusion_plot(figures, title, folder / pictures[name])
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream:
+        for at, row in enumerate(rows):
+            line: dict[str, Any] = {"line": row.line, "text": row.text, "messages": row.messages}
+            line |= {"label": row.label, "quality": row.quality}
+            for name, figures in measured.items():
+                if "said" in figures:
+                    line[name] = {
+                        "predicted": figures["predicted"][at],
+                        "said": figures["said"][at],
+                    }
+            stream.write(
+                json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n"
+            )
+    said = _examples(measured, rows)
+    (folder / "report.md").write_text(evaluation_markdown(result, pictures, said), encoding="utf-8")
+    # Last of all, so that a folder with report.json holds a whole report.
+    (folder / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: int = 5) -> str:
+    """The first few responses side by side, as markdown; empty for classifications."""
+    responses = {
+        name: figures["said"]
+        for name, figures in measured.items()
+        if figures["kind"] == "responses" and "said" in figures
+    }
+    if not responses:
+        return ""
+    lines = [
+        [
+            row.messages[-2]["content"],
+            row.messages[-1]["content"],
+            *(said[at] for said in responses.values()),
+        ]
+        for at, row in enumerate(rows[:count])
+    ]
+    return "## Responses\n\n" + _markdown_table(["prompt", "reference", *responses], lines)

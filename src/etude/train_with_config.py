@@ -1,0 +1,326 @@
+"""config.yml in, a trained run out."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from etude import config as configuration
+from etude import data, device, lora, models, report, runs, terminal
+from etude.config import Config
+from etude.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@terminal.command
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="config file (./config.yml), then settings: lora.r=16",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="config file, as an option")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="quickstart, cpu, gpu, ... or a .yml file")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="go on with an unfinished run in output.dir, if there is one")
+    ] = False,
+) -> None:
+    """Fine-tune a model with LoRA as the configuration says."""
+    settings = load_config(arguments or [], config, preset or [])
+    folder, checkpoint = open_folder(settings, resume)
+
+    # The data is read before the model is loaded: its faults show in a second, not after minutes.
+    tables = read_tables(settings)
+    place = device.choose(
+        settings.model.dtype,
+        settings.training.use_cpu,
+        settings.training.fp16,
+        settings.training.bf16,
+    )
+    terminal.out.print(f"device   {place.why}")
+    terminal.quiet_transformers()
+    base = models.load(settings.model.name, place, settings.model.revision)
+    renderer = runs.renderer_for(base, settings)
+    terminal.out.print(f"model    {base.name} ({base.identity[:19]})")
+
+    examples, reports = {}, {}
+    for split, table in tables.items():
+        examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
+    show_data(tables, examples, reports, base.tokenizer)
+
+    model = lora.attach(base.model, settings.lora, base.name)
+    parameters = str(lora.count(model))
+    terminal.out.print(
+        f"adapter  r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
+    )
+
+    settings = with_labels(settings, tables["train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
+    results = fit(model, settings, place, examples, folder, checkpoint)
+
+    lora.save(model, folder)
+    manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
+    (folder / "README.md").write_text(
+        report.model_card(settings, manifest, parameters), encoding="utf-8"
+    )
+    report.loss_plot(folder / runs.METRICS, folder / "loss.png")
+    # Last of all: a folder with a manifest is a finished run.
+    (folder / runs.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    show_end(settings, results)
+
+
+def load_config(arguments: list[str], option: Path | None, presets: list[str]) -> Config:
+    """The configuration from a file (an argument, --config, or ./config.yml), presets and settings.
+
+    Raises:
+        UserError: no configuration at all, two files, or faults in it.
+    """
+    name, overrides = terminal.split_arguments(arguments)
+    if name and option:
+        raise UserError(f"command line: two configurations, {name} and {option}; give one")
+    path = Path(name) if name else option
+    if path is None and Path(runs.CONFIG).is_file():
+        path = Path(runs.CONFIG)
+    if path is None and not presets:
+        raise UserError(
+            "There is no config.yml here. Write one with `etude init`, or name yours: etude train FILE"
+        )
+    return configuration.load(path, presets, overrides)
+
+
+def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to go on from.
+
+    Raises:
+        UserError: the folder holds something already, or another configuration than the one to go on with.
+    """
+    folder = Path(settings.output.dir)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder, None
+    if not (folder / runs.CONFIG).is_file():
+        raise UserError(
+            f"output.dir: {folder} exists and is not a run; choose another: output.dir=runs/NAME"
+        )
+    free = next(name for n in range(2, 10**6) if not (name := Path(f"{folder}-{n}")).exists())
+    if (folder / runs.MANIFEST).is_file():
+        raise UserError(
+            f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder "
+            f"(output.dir={free}), or remove that one"
+        )
+    if not resume:
+        raise UserError(
+            f"output.dir: {folder} holds a run that did not end. Go on with it: --resume; or start another: "
+            f"output.dir={free}"
+        )
+    stored = configuration.load(folder / runs.CONFIG)
+    differing = [
+        key
+        for key in configuration.key_paths()
+        if key != "dataset.labels"
+        and configuration.value(stored, key) != configuration.value(settings, key)
+    ]
+    if differing:
+        raise UserError(
+            f"--resume: {folder} was started with other settings: "
+            + "; ".join(
+                f"{k} {configuration.value(stored, k)} (now {configuration.value(settings, k)})"
+                for k in differing
+            )
+            + f". Go on with its own: etude train {folder / runs.CONFIG} --resume"
+        )
+    checkpoints = sorted(
+        (folder / runs.CHECKPOINTS).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+    )
+    return folder, checkpoints[-1] if checkpoints else None
+
+
+def read_tables(settings: Config) -> dict[str, data.Table]:
+    """The training and, if any, validation rows; the test set is looked at only for rows it shares.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    dataset, seed = settings.dataset, settings.training.seed
+    table = data.read(dataset.train, dataset)
+    labelled = dataset.model_copy(update={"labels": table.labels})
+    others = {
+        name: data.read(source, labelled)
+        for name, source in (("validation", dataset.validation), ("test", dataset.test))
+        if source
+    }
+    for name, other in others.items():
+        if other.format != table.format:
+            raise UserError(
+                f"dataset.{name}: {other.source} has format {other.format}, and {table.source} {table.format}; "
+                "all splits must have one"
+            )
+        shared = data.overlap(table, other, name)
+        if shared:
+            terminal.out.print(f"[yellow]notice[/]   {shared}")
+    tables = {"train": table}
+    if "validation" in others:
+        tables["validation"] = others["validation"]
+    else:
+        train_part, validation = data.split_rows(table, dataset.validation_split, seed)
+        tables = {"train": train_part} | ({"validation": validation} if validation else {})
+    tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
+    return tables
+
+
+def show_data(
+    tables: dict[str, data.Table],
+    examples: dict[str, list[Any]],
+    reports: dict[str, data.Report],
+    tokenizer: Any,
+) -> None:
+    """Print the fate of all rows, and two examples as the model sees them."""
+    from rich.text import Text
+
+    terminal.out.print(report.data_table(list(reports.values())))
+    for item in reports.values():
+        if item.labels:
+            terminal.out.print(
+                f"labels   {item.split}: "
+                + ", ".join(f"{k} {v:,}" for k, v in sorted(item.labels.items()))
+            )
+        for notice in item.notices():
+            terminal.out.print(f"[yellow]notice[/]   {notice}", markup=True)
+    for number, example in enumerate(examples["train"][:2], 1):
+        terminal.out.print(f"example {number}, [green underline]supervised part marked[/]:")
+        for text, supervised in data.spans(example, tokenizer):
+            terminal.out.print(Text(text, style="green underline" if supervised else "dim"), end="")
+        terminal.out.print()
+
+
+def with_labels(settings: Config, table: data.Table) -> Config:
+    """The configuration with the labels found in the data written out, so that the run re-runs the same."""
+    return settings.model_copy(
+        update={"dataset": settings.dataset.model_copy(update={"labels": table.labels})}
+    )
+
+
+def fit(
+    model: Any,
+    settings: Config,
+    place: device.Device,
+    examples: dict[str, list[Any]],
+    folder: Path,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train `model` in place and return the results; the best adapter by validation loss is in it at the end.
+
+    Raises:
+        UserError: a warm-up that is not shorter than the training, or a loss that is not finite.
+    """
+    import transformers
+
+    from etude import batching, trainer
+
+    steps = trainer.steps(settings, len(examples["train"]))
+    if settings.training.warmup_steps >= 1 and settings.training.warmup_steps >= steps:
+        raise UserError(
+            f"training.warmup_steps: {settings.training.warmup_steps:g} is not shorter than the training, which has "
+            f"{steps} steps; lower it, or give a share such as 0.03"
+        )
+    reason = batching.why_not_packed(model, settings.dataset.max_length)
+    if reason:
+        terminal.out.print(
+            f"[yellow]notice[/]   plain padded batches instead of packed ones: {reason}"
+        )
+    if checkpoint is None:
+        (folder / runs.METRICS).unlink(missing_ok=True)
+    else:
+        terminal.out.print(f"resume   from {checkpoint}")
+    rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
+    terminal.out.print(f"training {steps} steps of {rows} rows")
+    transformers.set_seed(settings.training.seed)
+    callbacks: list[Any] = []
+    if settings.training.early_stopping_patience and "validation" in examples:
+        callbacks.append(
+            transformers.EarlyStoppingCallback(settings.training.early_stopping_patience)
+        )
+    started = time.perf_counter()
+    with terminal.Progress(settings.training.logging_steps) as progress:
+        recorder = trainer.Recorder(folder, progress.update)
+        loop = trainer.StepTrainer(
+            settings=settings,
+            packed=reason is None,
+            model=model,
+            args=trainer.arguments(settings, place, folder, "validation" in examples),
+            train_dataset=examples["train"],
+            eval_dataset=examples.get("validation"),
+            callbacks=[*callbacks, recorder],
+        )
+        recorder.trainer = loop
+        loop.remove_callback(transformers.PrinterCallback)
+        try:
+            loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            saved = sorted((folder / runs.CHECKPOINTS).glob("checkpoint-*"))
+            raise UserError(
+                f"stopped at step {loop.state.global_step} of {steps}; "
+                + (
+                    f"go on with: etude train {folder / runs.CONFIG} --resume"
+                    if saved
+                    else "no checkpoint was made yet"
+                )
+            ) from None
+    seconds = time.perf_counter() - started
+    return {
+        "steps": loop.state.global_step,
+        "seconds": round(seconds, 1),
+        "examples_per_second": round(loop.state.global_step * rows / seconds, 2),
+        "train_loss": loop.step_loss,
+        "eval_loss": loop.state.best_metric,
+        "packed": reason is None,
+    }
+
+
+def make_manifest(
+    settings: Config,
+    base: models.Base,
+    chat_format: dict[str, Any],
+    reports: dict[str, data.Report],
+    tables: dict[str, data.Table],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that is needed to know how the adapter came about, as JSON values."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "base": {"name": base.name, "identity": base.identity, "device": base.device.why},
+        "seed": settings.training.seed,
+        "chat_format": chat_format,
+        "data": {
+            split: {**dataclasses.asdict(item), "sha256": tables[split].fingerprint}
+            for split, item in reports.items()
+        },
+        "results": results,
+        "environment": runs.environment(),
+    }
+
+
+def show_end(settings: Config, results: dict[str, Any]) -> None:
+    """Print what came out and what can be done with it."""
+    loss = (
+        "" if results["eval_loss"] is None else f", best validation loss {results['eval_loss']:.4f}"
+    )
+    terminal.out.print(
+        f"done     {results['steps']} steps in {results['seconds']:.0f} s{loss}; saved in {settings.output.dir}"
+    )
+    terminal.out.print(f"next     etude evaluate {settings.output.dir} --base")
+    terminal.out.print(f"         etude chat {settings.output.dir}")
+
+
+if __name__ == "__main__":
+    terminal.run(train)
