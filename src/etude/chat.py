@@ -4,11 +4,11 @@ import itertools
 import json
 import re
 import sys
+import textwrap
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,27 +184,9 @@ class Conversation:
 
     def sent(self) -> list[Message]:
         """The messages as the renderer takes them, a system prompt of this chat first."""
-        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*head, *self.messages]
-
-    def to_json(self) -> str:
-        """The conversation as text that `from_json` reads."""
-        value = {"system": self.system, "messages": self.messages}
-        return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Conversation":
-        """Read what `to_json` wrote; anything else is a ValueError that says where."""
-        value = json.loads(text)
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list) or not isinstance(value.get("system"), str | None):
-            raise ValueError('an object with "system" (text or null) and "messages" is expected')
-        for number, message in enumerate(messages, 1):
-            role = "user" if number % 2 else "assistant"
-            content = message.get("content") if isinstance(message, dict) else None
-            if not isinstance(content, str) or message != {"role": role, "content": content}:
-                raise ValueError(f'message {number}: "role" "{role}" and a "content" are expected')
-        return cls(value.get("system"), messages)
+        if self.system is None:
+            return list(self.messages)
+        return [{"role": "system", "content": self.system}, *self.messages]
 
 
 class Talk:
@@ -334,7 +316,8 @@ def interactive(talk: Talk) -> None:
         try:
             line = session.prompt([("bold", "> ")]).rstrip()
         except KeyboardInterrupt:
-            say("Ctrl-D or /exit leaves.")
+            if not session.default_buffer.text:
+                say("Ctrl-D or /exit leaves.")
             continue
         except EOFError:
             return
@@ -343,10 +326,9 @@ def interactive(talk: Talk) -> None:
                 return
         except KeyboardInterrupt:
             say("\nstopped")
-        except UserError as error:
-            say(str(error), style="red")
         except Exception as error:  # out of memory, say: what was said so far must not be lost
-            say(f"\n{type(error).__name__}: {error}", style="red")
+            kind = "" if isinstance(error, UserError) else f"\n{type(error).__name__}: "
+            say(f"{kind}{error}", style="red")
         else:
             continue
         if talk.conversation.pending:
@@ -376,13 +358,6 @@ def prompt_session() -> "PromptSession[str]":
     @keys.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
-
-    @keys.add("c-c")
-    def clear(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt)
 
     history: History
     file = models.cache_folder() / "history"
@@ -420,7 +395,7 @@ def handle(talk: Talk, line: str) -> bool:
             conversation.messages.clear()
             say("The conversation is forgotten.")
         case "undo":
-            say(f"Dropped: {conversation.undo()}")
+            say(f"Dropped: {textwrap.shorten(conversation.undo(), 70)}")
         case "retry":
             talk.retry()
         case "system":
@@ -490,10 +465,10 @@ def overview(talk: Talk) -> str:
 
 
 def save(conversation: Conversation, path: Path) -> None:
-    """Write a conversation to a new file; one that exists is not touched."""
+    """Write a conversation as JSON to a new file; one that exists is not touched."""
     try:
         with path.open("x", encoding="utf-8") as stream:
-            stream.write(conversation.to_json())
+            json.dump(asdict(conversation), stream, ensure_ascii=False, indent=2)
     except FileExistsError:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
         free = next(name for name in names if not name.exists())
@@ -503,13 +478,25 @@ def save(conversation: Conversation, path: Path) -> None:
 
 
 def load(path: Path) -> Conversation:
-    """Read a conversation that `save` wrote."""
+    """Read a conversation that `save` wrote, and check its form."""
     try:
-        return Conversation.from_json(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a saved conversation: {error}") from None
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or not isinstance(value.get("system"), str | None):
+        raise UserError(
+            f'{path}: not a saved conversation: an object with "system" (text or null) and '
+            '"messages" is expected'
+        )
+    for number, message in enumerate(messages, 1):
+        role = "user" if number % 2 else "assistant"
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or message != {"role": role, "content": content}:
+            raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
+    return Conversation(value.get("system"), messages)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def evaluate(
         raise UserError(
             f"--base compares a run with its base, and {name} is no run; leave --base out"
         )
-    terminal.err.print(f"device   {target.base.device.why}")
+    terminal.err.print(f"device    {target.base.device.why}")
 
     if text is not None:
         single(target.tuned(), target, text)
@@ -70,7 +70,7 @@ def evaluate(
     report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         terminal.out.print(block)
-    terminal.out.print(f"saved    {folder}/report.md, report.json, predictions.jsonl")
+    terminal.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
 
 
 def read_table(settings: Config, data_file: str | None) -> data.Table:
@@ -216,7 +216,7 @@ def measure_responses(
     """Perplexity of the references; for conversations also greedy responses, judged and compared."""
     examples, fate = data.encode(table, renderer, settings.dataset, "test")
     for notice in fate.notices():
-        terminal.err.print(f"notice   {notice}", markup=False)
+        terminal.err.print(f"notice    {notice}")
     losses = sequence_losses(model, examples, settings, name)
     tokens = [sum(example.supervised) for example in examples]
     result: dict[str, Any] = {
@@ -339,23 +339,23 @@ def single(model: Any, target: runs.Target, text: str) -> None:
         (scores,) = label_log_likelihoods(model, renderer, [prompt], labels, settings, "labels")
         ranked = sorted(zip(softmax(scores), labels, strict=True), reverse=True)
         for share, label in ranked:
-            terminal.out.print(f"{label:<16} {share:6.1%}", markup=False)
+            terminal.out.print(f"{label:<16} {share:6.1%}")
     (response,) = generation.generate(
         model, renderer, [renderer.prompt(prompt)], settings.generation
     )
-    terminal.out.print(f"response   {response.text}", markup=False)
+    terminal.say("response", response.text)
     if labels:
         return
     judgement = judge(text, response, settings)
     shares = ", ".join(f"{name} {share:.2f}" for name, share in judgement["shares"].items())
-    terminal.out.print(f"quality    {judgement['label']} ({judgement['score']:.2f}: {shares})")
+    terminal.say("quality", f"{judgement['label']} ({judgement['score']:.2f}: {shares})")
     if response.text:
         answer = last_answer(
             renderer.render([*prompt, {"role": "assistant", "content": response.text}])
         )
         (loss,) = sequence_losses(model, [answer], settings, "perplexity")
         value = metrics.perplexity(loss, sum(answer.supervised))
-        terminal.out.print(f"perplexity {value:.2f} of the response under the model itself")
+        terminal.say("perplexity", f"{value:.2f} of the response under the model itself")
 
 
 # --- the report ------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ do the arithmetic; what is ours is the unparseable answer and the vectorised boo
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict
-
-import numpy as np
+from typing import Any, TypedDict
 
 UNPARSEABLE = "unparseable"
 
@@ -90,6 +88,7 @@ def classification(
     Raises:
         ValueError: no rows, unequal lengths, repeated labels, or a value that is not in `labels`.
     """
+    import numpy as np
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
     _check_rows(truth, predicted)
@@ -152,6 +151,8 @@ def confidence_intervals(
     Raises:
         ValueError: the matrix holds no rows, `samples` < 1, or `level` not strictly in (0, 1).
     """
+    import numpy as np
+
     matrix = np.asarray(confusion, dtype=np.int64)
     rows = int(matrix.sum())
     if rows == 0:
@@ -166,7 +167,7 @@ def confidence_intervals(
     total = draws @ identity[true] + draws @ identity[guessed]  # support + predicted
     f1 = np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
 
-    def interval(values: np.ndarray) -> Interval:
+    def interval(values: Any) -> Interval:
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         return Interval(low=float(low), high=float(high))
 
@@ -216,7 +217,9 @@ def paired_losses(first: Sequence[float], second: Sequence[float]) -> PairedLoss
     from scipy.stats import wilcoxon
 
     if not first or len(first) != len(second):
-        raise ValueError(f"as many losses of one model as of the other: {len(first)}, {len(second)}")
+        raise ValueError(
+            f"as many losses of one model as of the other: {len(first)}, {len(second)}"
+        )
     differences = [a - b for a, b in zip(first, second, strict=True)]
     return PairedLosses(
         first_likelier=sum(difference < 0 for difference in differences),

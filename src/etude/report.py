@@ -12,20 +12,13 @@ from etude.data import Report, Row
 
 def data_table(reports: Sequence[Report]) -> Table:
     """What became of the rows of every split."""
-    table = Table("split", "source", "format", title=None)
+    table = Table("split")
     for name in ("rows", "kept", "truncated", "dropped", "tokens", "supervised", "longest"):
         table.add_column(name, justify="right")
     for r in reports:
-        numbers = (
-            r.rows,
-            r.kept,
-            len(r.truncated),
-            r.rows - r.kept,
-            r.tokens,
-            r.supervised,
-            r.longest,
-        )
-        table.add_row(r.split, r.source, r.format, *(f"{number:,}" for number in numbers))
+        dropped = r.rows - r.kept
+        numbers = (r.rows, r.kept, len(r.truncated), dropped, r.tokens, r.supervised, r.longest)
+        table.add_row(r.split, *(f"{number:,}" for number in numbers))
     return table
 
 

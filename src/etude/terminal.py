@@ -11,6 +11,7 @@ from typing import ParamSpec
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from etude.errors import UserError
 
@@ -20,8 +21,19 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 # Results go to stdout, all else to stderr, so that output can be piped.
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: what is printed holds the user's texts, in which a bracket is a bracket.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def say(label: str, text: str = "", style: str = "bold") -> None:
+    """Print one line of a program's report: a label in its column, then the text."""
+    out.print(Text(f"{label:<10}", style=style), text, sep="")
+
+
+def notice(text: str) -> None:
+    """Print something that the user should know but need not act on."""
+    say("notice", text, "yellow")
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -36,8 +48,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            err.print("[bold red]error:[/] ", end="")
-            err.print(str(error), markup=False)
+            err.print(Text("error: ", style="bold red"), str(error), sep="")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             err.print("\nstopped")

@@ -47,11 +47,11 @@ def train(
         settings.training.fp16,
         settings.training.bf16,
     )
-    terminal.out.print(f"device   {place.why}")
+    terminal.say("device", place.why)
     terminal.quiet_transformers()
     base = models.load(settings.model.name, place, settings.model.revision)
     renderer = runs.renderer_for(base, settings)
-    terminal.out.print(f"model    {base.name} ({base.identity[:19]})")
+    terminal.say("model", f"{base.name} ({base.identity[:19]})")
 
     examples, reports = {}, {}
     for split, table in tables.items():
@@ -60,8 +60,8 @@ def train(
 
     model = lora.attach(base.model, settings.lora, base.name)
     parameters = str(lora.count(model))
-    terminal.out.print(
-        f"adapter  r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
+    terminal.say(
+        "adapter", f"r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
     )
 
     settings = with_labels(settings, tables["train"])
@@ -167,7 +167,7 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
             )
         shared = data.overlap(table, other, name)
         if shared:
-            terminal.out.print(f"[yellow]notice[/]   {shared}")
+            terminal.notice(shared)
     tables = {"train": table}
     if "validation" in others:
         tables["validation"] = others["validation"]
@@ -187,19 +187,24 @@ def show_data(
     """Print the fate of all rows, and two examples as the model sees them."""
     from rich.text import Text
 
+    for item in reports.values():
+        terminal.say("data", f"{item.split}: {item.source} (format {item.format})")
     terminal.out.print(report.data_table(list(reports.values())))
     for item in reports.values():
         if item.labels:
-            terminal.out.print(
-                f"labels   {item.split}: "
-                + ", ".join(f"{k} {v:,}" for k, v in sorted(item.labels.items()))
+            terminal.say(
+                "labels",
+                f"{item.split}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(item.labels.items())),
             )
         for notice in item.notices():
-            terminal.out.print(f"[yellow]notice[/]   {notice}", markup=True)
+            terminal.notice(notice)
     for number, example in enumerate(examples["train"][:2], 1):
-        terminal.out.print(f"example {number}, [green underline]supervised part marked[/]:")
+        terminal.say("example", f"{number}, the supervised part marked:")
         for text, supervised in data.spans(example, tokenizer):
-            terminal.out.print(Text(text, style="green underline" if supervised else "dim"), end="")
+            # Where there is no colour, brackets mark it.
+            plain = supervised and not terminal.out.is_terminal
+            style = "green underline" if supervised else "dim"
+            terminal.out.print(Text(f"⟦{text}⟧" if plain else text, style=style), end="")
         terminal.out.print()
 
 
@@ -235,15 +240,13 @@ def fit(
         )
     reason = batching.why_not_packed(model, settings.dataset.max_length)
     if reason:
-        terminal.out.print(
-            f"[yellow]notice[/]   plain padded batches instead of packed ones: {reason}"
-        )
+        terminal.notice(f"plain padded batches instead of packed ones: {reason}")
     if checkpoint is None:
         (folder / runs.METRICS).unlink(missing_ok=True)
     else:
-        terminal.out.print(f"resume   from {checkpoint}")
+        terminal.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
-    terminal.out.print(f"training {steps} steps of {rows} rows")
+    terminal.say("training", f"{steps} steps of {rows} rows")
     transformers.set_seed(settings.training.seed)
     callbacks: list[Any] = []
     if settings.training.early_stopping_patience and "validation" in examples:
@@ -315,11 +318,12 @@ def show_end(settings: Config, results: dict[str, Any]) -> None:
     loss = (
         "" if results["eval_loss"] is None else f", best validation loss {results['eval_loss']:.4f}"
     )
-    terminal.out.print(
-        f"done     {results['steps']} steps in {results['seconds']:.0f} s{loss}; saved in {settings.output.dir}"
+    terminal.say(
+        "done",
+        f"{results['steps']} steps in {results['seconds']:.0f} s{loss}; saved in {settings.output.dir}",
     )
-    terminal.out.print(f"next     etude evaluate {settings.output.dir} --base")
-    terminal.out.print(f"         etude chat {settings.output.dir}")
+    terminal.say("next", f"etude evaluate {settings.output.dir} --base")
+    terminal.say("", f"etude chat {settings.output.dir}")
 
 
 if __name__ == "__main__":
