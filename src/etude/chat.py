@@ -78,8 +78,11 @@ def chat(
         f"generation.{key}={value}" for key, value in options.items() if value is not None
     ]
     question = read_question(prompt)
+    name = name or default_target(overrides)
+    if question is None:
+        say(f"Loading {name} ...")
     terminal.quiet_transformers()
-    target = runs.open_target(name or default_target(overrides), overrides)
+    target = runs.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
     if question is None:
         interactive(talk)
@@ -219,7 +222,9 @@ class Talk:
         """Ask the last question again; its former answer comes back if there is no new one."""
         former, settings = self.conversation.take_answer(), self.settings
         if former is not None and settings.temperature == 0:
-            say("At temperature 0 the same question gets the same answer; try /set temperature 0.7")
+            say(
+                "At temperature 0 nothing varies: expect the same answer, unless a setting changed."
+            )
         elif former is not None and settings.seed is not None:
             self.retries += 1
             settings = settings.model_copy(update={"seed": settings.seed + self.retries})
@@ -259,6 +264,8 @@ class Talk:
         if response.interrupted and not response.text:
             raise KeyboardInterrupt
         self.conversation.answer(response.text)
+        if response.interrupted and not self.quiet:
+            say("What is above stays in the conversation; /undo drops it, /retry asks again.")
         return response
 
     def _write(self, ids: list[int], settings: Generation) -> Response:
@@ -266,7 +273,7 @@ class Talk:
         [response] = generate(self.model, self.target.renderer, [ids], settings, on_text=Writer())
         speed = response.tokens / (time.perf_counter() - started)
         print(flush=True)
-        status = f"{response.tokens:,} tokens, {speed:.1f} tokens/s"
+        status = f"{response.tokens:,} token{'s'[: response.tokens != 1]}, {speed:.1f} tokens/s"
         if response.interrupted:
             status += "; stopped by Ctrl-C"
         elif not response.finished:
@@ -431,14 +438,14 @@ def changed(settings: Generation, key: str, value: str) -> Generation:
         guess = nearest(key, fields)
         hint = f"did you mean {guess}?" if guess else f"there are {', '.join(fields)}"
         raise UserError(f"/set {key}: no such setting; {hint}")
+    if not value:
+        raise UserError(f"/set {key}: the value is missing ({fields[key].description})")
     values = configuration.parse_override(f"generation.{key}={value}").values["generation"]
     try:
         return Generation.model_validate({**settings.model_dump(), **values})
     except ValidationError as error:
         problem = error.errors()[0]["msg"].replace("Input should", "should")
-        raise UserError(
-            f"/set {key}: {value or 'nothing'} {problem} ({fields[key].description})"
-        ) from None
+        raise UserError(f"/set {key}: {value} {problem} ({fields[key].description})") from None
 
 
 def system_prompt(talk: Talk) -> str:

@@ -470,20 +470,24 @@ class _StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes every string that either version of YAML would read as something else."""
+
+
+_SCALARS: dict[str, tuple[str, list[str]]] = {
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
+    "float": (
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        list("-+0123456789."),
+    ),
+}
+for _tag, (_form, _first) in _SCALARS.items():
+    for _class in (_StrictLoader, _StrictDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_form), _first)
+# In YAML 1.2 a leading zero makes no octal number.
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def read_yaml(path: Path) -> Layer:
@@ -493,12 +497,14 @@ def read_yaml(path: Path) -> Layer:
         UserError: unreadable file or YAML that is not a plain mapping, with the line.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        layer = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `etude init` writes a config.yml here") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    return parse_yaml(text, str(path))
+    # A section whose keys are all commented out means: its defaults.
+    values = {section: {} if keys is None else keys for section, keys in layer.values.items()}
+    return Layer(values, layer.origin)
 
 
 def parse_yaml(text: str, name: str) -> Layer:
@@ -510,7 +516,9 @@ def parse_yaml(text: str, name: str) -> Layer:
     def build(node: yaml.Node, loc: Path_) -> Any:
         place = f"{name}:{node.start_mark.line + 1}"
         if id(node) in seen:
-            faults.append(f"{place}: aliases (*name) are not supported; write the value out")
+            # The node's own place is the anchor's; the key's place is where the alias stands.
+            alias = origin.get(loc, place)
+            faults.append(f"{alias}: aliases (*name) are not supported; write the value out")
             return None
         seen.add(id(node))
         if loc:
@@ -544,8 +552,8 @@ def parse_yaml(text: str, name: str) -> Layer:
             return [build(item, (*loc, index)) for index, item in enumerate(node.value)]
         try:
             return loader.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            faults.append(f"{place}: {node.value!r}: {error}")
+        except (yaml.YAMLError, ValueError, KeyError):  # an explicit tag, such as !!int x
+            faults.append(f"{place}: {node.value!r} is not a {node.tag.rpartition(':')[2]}")
             return None
 
     try:
@@ -554,7 +562,9 @@ def parse_yaml(text: str, name: str) -> Layer:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        problem = getattr(error, "problem", None) or str(error)
+        if isinstance(error, RecursionError):
+            problem = "nested too deeply"
         raise UserError(
             f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that "
             "line"
@@ -567,10 +577,7 @@ def parse_yaml(text: str, name: str) -> Layer:
         )
     if faults:
         raise UserError("The configuration cannot be read:\n  " + "\n  ".join(faults))
-    # A section whose keys are all commented out means: its defaults.
-    return Layer(
-        {section: {} if keys is None else keys for section, keys in values.items()}, origin
-    )
+    return Layer(values, origin)
 
 
 def parse_override(text: str) -> Layer:
@@ -585,9 +592,8 @@ def parse_override(text: str) -> Layer:
         raise UserError(
             f"command line: {text!r} is not of the form section.key=value, for example lora.r=16"
         )
-    parsed = parse_yaml("v: " + value if value.strip() else "v:", f"command line ({text})").values[
-        "v"
-    ]
+    # Two levels deep, as in a file, where a bare null on the first level is an empty section.
+    parsed = parse_yaml(f"s:\n v: {value}", f"command line ({text})").values["s"]["v"]
     return Layer(
         {section: {name: parsed}}, {(section,): "command line", (section, name): "command line"}
     )
@@ -648,8 +654,10 @@ def _scalar(value: object) -> str:
         mantissa, _, exponent = f"{value:e}".partition("e")
         short = f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
         return short if float(short) == value else repr(value)
-    if isinstance(value, str) and "\n" in value:
-        text = yaml.safe_dump(value, default_style='"', width=10**9, allow_unicode=True)
-    else:
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-    return str(text).removesuffix("...\n").strip()
+    options: dict[str, Any] = {"Dumper": _StrictDumper, "default_flow_style": True}
+    options |= {"width": 10**9, "allow_unicode": True}
+    text = str(yaml.dump(value, **options)).removesuffix("...\n").rstrip("\n")
+    if text.isprintable():
+        return text
+    # Line breaks and the like: double quotes spell them out.
+    return str(yaml.dump(value, default_style='"', **options)).rstrip("\n")

@@ -64,19 +64,13 @@ class Renderer:
     ) -> None:
         """Take the tokenizer's own template unless one is given; prove it on a small conversation.
 
+        A model without any template can still be trained on raw text (`text`).
+
         Raises:
-            UserError: no template, or one whose ids cannot be reproduced or masked.
+            UserError: a template whose ids cannot be reproduced or masked.
         """
-        chosen = template or tokenizer.chat_template
-        if not isinstance(chosen, str):
-            raise UserError(
-                "The tokenizer of this model has no chat template, so conversations cannot be "
-                "rendered. "
-                "Take an instruct model, or give the template: model.chat_template: "
-                "my_template.jinja"
-            )
         self.tokenizer = tokenizer
-        self.template = chosen
+        self.template = template or _own_template(tokenizer)
         self.system_prompt = system_prompt
         self._control = {
             token.content: index
@@ -86,6 +80,14 @@ class Renderer:
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._frame = lru_cache(maxsize=256)(self._frame_uncached)
+        self._probe_ids: list[int] = []
+        self.end_of_turn: int | None = tokenizer.eos_token_id
+        if self.template is not None:
+            self._prove()
+        self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id} - {None})
+
+    def _prove(self) -> None:
+        """Render a small conversation, hold it against the tokenizer's own way, note its end token."""
         probe: list[Message] = [
             {"role": "user", "content": "One, two?"},
             {"role": "assistant", "content": "Three."},
@@ -99,21 +101,18 @@ class Renderer:
                 f"The chat template cannot be used for training: {error}. Give another: "
                 "model.chat_template: FILE.jinja"
             ) from None
-        official = tokenizer.apply_chat_template(
+        official = self.tokenizer.apply_chat_template(
             self._with_system(probe), chat_template=self.template, return_dict=False
         )
         if example.ids != official:
             raise UserError(
                 "The chat template of this model gives other token ids than its tokenizer by "
-                "itself, so its prompts "
-                "would not be the ones that the model knows. Please report the model's name; "
-                "nothing was trained"
+                "itself, so its prompts would not be the ones that the model knows. Please report "
+                "the model's name; nothing was trained"
             )
         self._probe_ids = example.ids
-        self.end_of_turn = max(
-            (index, token) for index, token in enumerate(example.ids) if example.supervised[index]
-        )[1]
-        self.stop_ids = sorted({self.end_of_turn} | ({tokenizer.eos_token_id} - {None}))
+        last = max(index for index, counts in enumerate(example.supervised) if counts)
+        self.end_of_turn = example.ids[last]
 
     def render(self, messages: Sequence[Message]) -> Example:
         """Turn a conversation into ids, with every assistant turn and its end token supervised.
@@ -197,6 +196,12 @@ class Renderer:
     def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
+        if self.template is None:
+            raise UserError(
+                "The tokenizer of this model has no chat template, so conversations cannot be "
+                "rendered. Take an instruct model, or give the template: "
+                "model.chat_template: FILE.jinja"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -308,3 +313,10 @@ class Renderer:
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         ).input_ids
         return ids
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # it has none
+        return None

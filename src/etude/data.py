@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import random
 import re
@@ -232,16 +233,16 @@ def encode(
 def truncate(example: Example, max_length: int) -> Example:
     """The first `max_length` tokens, ending with an end token.
 
-    Cut inside an answer, the answer's own end token takes the last place. Cut elsewhere, all after
-    the last whole answer goes.
+    Cut inside an answer, the answer's own end token takes the last place. Cut elsewhere, or where
+    nothing of the answer but its end token would fit, all after the last whole answer goes.
     """
     ids, supervised = list(example.ids), list(example.supervised)
-    if supervised[max_length - 1]:
+    if supervised[max_length - 1] and supervised[max_length - 2]:
         end = max_length - 1
         while end + 1 < len(ids) and supervised[end + 1]:
             end += 1
         return Example([*ids[: max_length - 1], ids[end]], supervised[:max_length])
-    last = max((at for at in range(max_length) if supervised[at]), default=-1)
+    last = max((at for at in range(max_length - 1) if supervised[at]), default=-1)
     return Example(ids[: last + 1], supervised[: last + 1])
 
 
@@ -376,10 +377,13 @@ def _json(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
             "is .jsonl"
         )
     # json tells no positions, so the objects are walked once more for their lines.
-    decoder, position, lines = json.JSONDecoder(), text.index("[") + 1, []
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    position, counted, line, lines = text.index("[") + 1, 0, 1, []
     for _ in items:
-        position = re.compile(r"[\s,]*").match(text, position).end()  # type: ignore[union-attr]
-        lines.append(text.count("\n", 0, position) + 1)
+        position = between.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", counted, position)
+        lines.append(line)
+        counted = position
         _, position = decoder.raw_decode(text, position)
     rows, faults = [], []
     for line, item in zip(lines, items, strict=True):
@@ -392,23 +396,27 @@ def _json(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _csv(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # Lines end at \n, \r\n or \r; splitlines() would cut fields at U+2028 and form feeds too.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows, faults = [], []
+    names: list[str] = []
     line = 1
     try:
-        names = reader.fieldnames or []
-        doubled = [name for name, times in Counter(names).items() if times > 1]
-        if doubled:
-            raise UserError(
-                f"{source}:1: the column {doubled[0]!r} stands twice in the header; rename one"
-            )
-        line = reader.line_num + 1
         for values in reader:
-            if None in values or None in values.values():
+            if not names:
+                names = values
+                doubled = [name for name, times in Counter(names).items() if times > 1]
+                if doubled:
+                    raise UserError(
+                        f"{source}:{line}: the column {doubled[0]!r} stands twice in the header; "
+                        "rename one"
+                    )
+            elif values and len(values) != len(names):
                 faults.append(
                     f"{source}:{line}: not as many fields as the header has ({', '.join(names)})"
                 )
-            rows.append((line, dict(values)))
+            elif values:
+                rows.append((line, dict(zip(names, values, strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
         faults.append(f"{source}:{line}: not valid CSV: {error}")
@@ -484,6 +492,14 @@ def _string(value: object, name: str) -> str:
         raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.40})")
     if not value.strip():
         raise ValueError(f"{name} is empty")
+    try:
+        value.encode()
+    except (
+        UnicodeEncodeError
+    ) as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
+        raise ValueError(
+            f"{name} holds half a character ({value[error.start]!r}); write the whole one"
+        ) from None
     return value
 
 
@@ -499,9 +515,9 @@ def _turns(
                 f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}"
             )
         role = turn.get(role_key)
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise ValueError(
-                f"{name}, turn {number}: {role_key} {role!r} is not one of {', '.join(roles)}"
+                f"{name}, turn {number}: {role_key} {role!r:.40} is not one of {', '.join(roles)}"
             )
         messages.append(
             {

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import logging
 import sys
 import time
@@ -82,17 +83,26 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     return (names[0] if names else None), [argument for argument in arguments if "=" in argument]
 
 
+class _Notices(logging.Handler):
+    """Log records as plain lines on whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record))
+
+
 def _quiet() -> None:
     """Our own notices to stderr; the libraries' progress bars and advice to themselves."""
     logger = logging.getLogger("etude")
     logger.setLevel(logging.INFO)
+    logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+        logger.addHandler(_Notices())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a "?", not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def quiet_transformers() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from etude.conversation import Example
 from etude.device import Device
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
+
+
+# transformers' "constant" is the one schedule without a warm-up; ours has one.
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class StepTrainer(Trainer):
@@ -156,42 +161,40 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
     training = config.training
     strategy = "steps" if training.eval_steps else "epoch"
     saving = strategy if validated else ("steps" if training.save_steps else "epoch")
-    try:
-        return TrainingArguments(
-            output_dir=str(folder / CHECKPOINTS),
-            per_device_train_batch_size=training.batch_size * training.gradient_accumulation_steps,
-            learning_rate=training.learning_rate,
-            num_train_epochs=training.num_epochs,
-            max_steps=training.max_steps or -1,
-            lr_scheduler_type=training.lr_scheduler
-            if training.lr_scheduler != "constant"
-            else "constant_with_warmup",
-            warmup_steps=training.warmup_steps,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            optim="adamw_torch_fused",
-            fp16=training.fp16,
-            bf16=training.bf16,
-            use_cpu=device.name == "cpu",
-            gradient_checkpointing=training.gradient_checkpointing,
-            seed=training.seed,
-            logging_steps=training.logging_steps,
-            logging_first_step=True,
-            eval_strategy=strategy if validated else "no",
-            eval_steps=training.eval_steps,
-            save_strategy=saving,
-            save_steps=training.save_steps or training.eval_steps or 500,
-            save_total_limit=training.save_total_limit,
-            load_best_model_at_end=validated,
-            metric_for_best_model="eval_loss" if validated else None,
-            greater_is_better=False if validated else None,
-            report_to=list(config.output.report_to) or "none",
-            run_name=folder.name,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.name == "cuda",
-            disable_tqdm=True,
-        )
-    except (ImportError, RuntimeError) as error:
+    missing = [name for name in config.output.report_to if find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"output.report_to: {error}; pip install {' '.join(config.output.report_to)}"
-        ) from None
+            f"output.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
+        )
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        per_device_train_batch_size=training.batch_size * training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.num_epochs,
+        max_steps=training.max_steps or -1,
+        lr_scheduler_type=SCHEDULERS[training.lr_scheduler],
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        fp16=training.fp16,
+        bf16=training.bf16,
+        use_cpu=device.name == "cpu",
+        activation_checkpointing=training.gradient_checkpointing,
+        seed=training.seed,
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        eval_strategy=strategy if validated else "no",
+        eval_steps=training.eval_steps,
+        save_strategy=saving,
+        save_steps=training.save_steps or training.eval_steps or 500,
+        save_total_limit=training.save_total_limit,
+        load_best_model_at_end=validated,
+        metric_for_best_model="eval_loss" if validated else None,
+        greater_is_better=False if validated else None,
+        report_to=list(config.output.report_to) or "none",
+        run_name=folder.name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.name == "cuda",
+        disable_tqdm=True,
+    )

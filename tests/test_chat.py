@@ -1,0 +1,524 @@
+import json
+import os
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from typer.testing import CliRunner
+
+from etude import chat, lora, runs
+from etude.chat import Conversation, Talk, changed, fit, handle, printable
+from etude.config import Generation, Lora
+from etude.errors import UserError
+from etude.generation import Response
+
+ON_CPU = ["model.dtype=float32", "training.use_cpu=true"]
+SHORT = ["generation.max_new_tokens=4", "generation.temperature=0"]
+
+
+def exchange(conversation, question, answer):
+    conversation.ask(question)
+    conversation.answer(answer)
+
+
+@pytest.fixture(scope="module")
+def tiny_target(tiny_model):
+    return runs.open_target(str(tiny_model), [*ON_CPU, *SHORT])
+
+
+@pytest.fixture
+def talk(tiny_target):
+    return Talk(tiny_target, Conversation(), compare=False, quiet=False)
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Let the model say these texts, one after the other; an exception among them is raised."""
+    calls = []
+
+    def install(*replies):
+        left = list(replies)
+
+        def generate(model, renderer, prompts, settings, on_text):
+            calls.append((prompts[0], settings))
+            reply = left.pop(0)
+            if isinstance(reply, BaseException):
+                raise reply
+            if isinstance(reply, str):
+                reply = Response(reply, 3, True)
+            on_text(reply.text)
+            return [reply]
+
+        monkeypatch.setattr(chat, "generate", generate)
+        return calls
+
+    return install
+
+
+@pytest.fixture
+def adapter(tiny_target, tiny_model, tmp_path):
+    """A run-like adapter folder on the tiny model that changes its answers."""
+    import torch
+
+    base = runs.open_target(str(tiny_model), ON_CPU).base.model
+    tuned = lora.attach(base, Lora(r=4, alpha=64, target_modules=["all-linear"]), str(tiny_model))
+    torch.manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    lora.save(tuned, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def drive(talk, keys, monkeypatch, folder):
+    monkeypatch.setenv("ETUDE_CACHE", str(folder / "cache"))
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text(keys)
+        chat.interactive(talk)
+
+
+def run(*arguments, stdin=None):
+    app = typer.Typer()
+    app.command()(chat.chat)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+# --- the state -------------------------------------------------------------------------------
+
+
+def test_conversation_takes_turns():
+    conversation = Conversation(system="Be brief.")
+    assert not conversation.pending
+    conversation.ask("lost")
+    conversation.ask("One?")
+    assert conversation.pending and len(conversation.messages) == 1
+    conversation.answer("1")
+    exchange(conversation, "Two?", "2")
+    assert [m["role"] for m in conversation.sent()] == ["system", *["user", "assistant"] * 2]
+    assert conversation.take_answer() == "2" and conversation.pending
+    assert conversation.take_answer() is None
+    assert conversation.undo() == "Two?"
+    assert conversation.undo() == "One?"
+    with pytest.raises(UserError, match="Nothing was asked"):
+        conversation.undo()
+
+
+def test_an_empty_system_prompt_is_one():
+    assert Conversation(system="").sent() == [{"role": "system", "content": ""}]
+    assert Conversation().sent() == []
+
+
+class Letters:
+    """A renderer whose tokens can be counted by hand: 3 a message and 2 for the answer's head."""
+
+    def prompt(self, messages):
+        return [0] * (sum(3 + len(m["content"]) for m in messages) + 2)
+
+
+turns = st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=6)
+
+
+@given(
+    turns,
+    st.text(max_size=9),
+    st.none() | st.text(max_size=9),
+    st.integers(1, 120),
+    st.integers(1, 40),
+)
+def test_fit_drops_whole_turns_from_the_front(said, last, system, window, reserve):
+    conversation = Conversation(system)
+    for question, answer in said:
+        exchange(conversation, question, answer)
+    conversation.ask(last)
+    everything = conversation.sent()
+    head = everything[: system is not None]
+    before = [dict(message) for message in everything]
+    try:
+        messages, dropped = fit(Letters(), everything, window, reserve)
+    except UserError as error:
+        alone = len(Letters().prompt([*head, everything[-1]]))
+        assert alone + reserve > window
+        assert f"{alone:,} tokens" in str(error)
+        return
+    assert len(Letters().prompt(messages)) + reserve <= window
+    assert messages == [*head, *everything[len(head) + 2 * dropped :]]
+    assert messages[-1]["content"] == last
+    if dropped:  # no more than had to go
+        more = [*head, *everything[len(head) + 2 * (dropped - 1) :]]
+        assert len(Letters().prompt(more)) + reserve > window
+    assert everything == before
+
+
+def test_fit_without_a_window_keeps_all(talk):
+    exchange(talk.conversation, "One?", "1")
+    assert fit(Letters(), talk.conversation.sent(), None, 10**9) == (talk.conversation.sent(), 0)
+
+
+def test_fit_with_the_real_renderer(tiny_target):
+    conversation = Conversation("Be brief.")
+    for number in range(20):
+        exchange(conversation, f"What is {number} + 1?", f"It is {number + 1}.")
+    conversation.ask("And now?")
+    messages, dropped = fit(tiny_target.renderer, conversation.sent(), 200, 50)
+    assert 0 < dropped < 20 and messages[0]["role"] == "system"
+    assert len(tiny_target.renderer.prompt(messages)) <= 150
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_save_and_load_give_the_same_conversation(tmp_path):
+    conversation = Conversation("Sois bref.")
+    exchange(conversation, "Où ?\n\x1b[31m", "là 🙂")
+    chat.save(conversation, tmp_path / "c.json")
+    assert chat.load(tmp_path / "c.json") == conversation
+
+
+def test_save_overwrites_nothing_and_names_a_free_file(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text("precious")
+    (tmp_path / "c-2.json").touch()
+    with pytest.raises(UserError, match=r"not overwritten.*c-3\.json"):
+        chat.save(Conversation(), path)
+    assert path.read_text() == "precious"
+    with pytest.raises(UserError, match="cannot be written"):
+        chat.save(Conversation(), tmp_path / "nowhere" / "c.json")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "an object"),
+        ({"messages": {}}, "an object"),
+        ({"messages": [], "system": 1}, "an object"),
+        ({"messages": ["hello"]}, 'message 1: role "user"'),
+        ({"messages": [user(1)]}, "message 1"),
+        ({"messages": [user("a"), user("b")]}, 'message 2: role "assistant"'),
+        ({"messages": [{**user("a"), "tool": 1}]}, "message 1"),
+    ],
+)
+def test_load_checks_the_form(tmp_path, value, says):
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=says):
+        chat.load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_load_of_what_is_no_json(tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(UserError, match="not a saved conversation"):
+        chat.load(tmp_path / "c.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        chat.load(tmp_path / "none.json")
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def test_commands_on_the_state(talk, says, tmp_path, capsys):
+    calls = says("Hi.", "Paris.", "Berlin.")
+    for line in ("Hello", "//etc is what?"):
+        assert handle(talk, line) is False
+    assert [m["content"] for m in talk.conversation.messages] == [
+        "Hello",
+        "Hi.",
+        "/etc is what?",
+        "Paris.",
+    ]
+    prompt = talk.target.renderer.prompt(talk.conversation.messages[:3])
+    assert calls[1][0] == prompt
+    handle(talk, "/undo")
+    assert "Dropped: /etc is what?" in capsys.readouterr().err
+    handle(talk, "/system You are a pirate.")
+    handle(talk, "And now?")
+    assert calls[2][0][: len(prompt)] != prompt
+    assert talk.conversation.sent()[0] == {"role": "system", "content": "You are a pirate."}
+    handle(talk, f"/save {tmp_path}/c.json")
+    handle(talk, "/reset")
+    assert talk.conversation == Conversation("You are a pirate.")
+    handle(talk, "/system -")
+    assert talk.conversation == Conversation()
+    handle(talk, f"/load {tmp_path}/c.json")
+    assert talk.conversation.messages[-1]["content"] == "Berlin."
+    handle(talk, "/show")
+    shown = capsys.readouterr().err
+    assert "4 messages" in shown and "of a window of 512" in shown and "You are a pirate." in shown
+    handle(talk, "/help")
+    told = capsys.readouterr().err
+    assert all(f"/{name}" in told for name in chat.COMMANDS) and "Alt-Enter" in told
+    assert handle(talk, "/exit") and handle(talk, "/quit")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/undoo", "did you mean /undo?"),
+        ("/xyzzyx", "/help lists them"),
+        ("/", "no such command"),
+        ("/undo twice", "stands alone"),
+        ("/save", "usage: /save FILE"),
+        ("/set", "usage: /set KEY VALUE"),
+        ("/undo", "Nothing was asked"),
+        ("/retry", "Nothing was asked"),
+    ],
+)
+def test_misused_commands_say_what_is_right(talk, line, says):
+    with pytest.raises(UserError, match=says.replace("?", r"\?")):
+        handle(talk, line)
+    assert talk.conversation == Conversation()
+
+
+def test_set_is_checked_by_the_schema(talk):
+    for line in ("/set temperature 0", "/set top_k=5", "/set seed = 3", "/set seed null"):
+        handle(talk, line)
+    assert talk.settings == Generation(max_new_tokens=4, temperature=0, top_k=5)
+    with pytest.raises(UserError, match="did you mean temperature"):
+        handle(talk, "/set temprature 0")
+    for key, value in [
+        ("temperature", "-1"),
+        ("temperature", "warm"),
+        ("top_p", "nan"),
+        ("seed", ""),
+        ("max_new_tokens", "0"),
+        ("max_new_tokens", "[1"),
+    ]:
+        with pytest.raises(UserError, match=key if value != "[1" else "YAML"):
+            changed(talk.settings, key, value)
+    assert talk.settings.top_k == 5
+
+
+def test_retry_varies_a_seed_and_says_so(talk, says, capsys):
+    calls = says("a", "b", "c", "d")
+    talk.settings = Generation(seed=7)
+    for line in ("Hello", "/retry", "/retry"):
+        handle(talk, line)
+    assert [settings.seed for _, settings in calls] == [7, 8, 9]
+    assert len({tuple(prompt) for prompt, _ in calls}) == 1
+    assert "Seed 9 this time" in capsys.readouterr().err
+    assert [m["content"] for m in talk.conversation.messages] == ["Hello", "c"]
+    talk.settings = Generation(temperature=0)
+    handle(talk, "/retry")
+    assert "nothing varies" in capsys.readouterr().err
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def test_control_characters_do_not_reach_the_terminal(talk, says, capsys):
+    assert printable("a\x1b[2Jb\x07\x9b31m\x7f\r\n\tc") == "a[2Jb31m\n\tc"
+    says(" \x1b]0;owned\x07Hi\r\n ")
+    handle(talk, "Hello")
+    assert capsys.readouterr().out == "]0;ownedHi\n"
+
+
+def test_pieces_add_up_to_the_stripped_answer(capsys):
+    writer = chat.Writer()
+    for piece in (" ", "\n a", " ", "", " b\n", "\n"):
+        writer(piece)
+    assert capsys.readouterr().out == "a  b"
+
+
+def test_the_real_loop_streams_what_it_keeps(talk, capsys):
+    handle(talk, "Hello")
+    captured = capsys.readouterr()
+    assert captured.out == printable(talk.conversation.messages[-1]["content"]) + "\n"
+    assert "4 tokens" in captured.err and "stopped at max_new_tokens 4" in captured.err
+
+
+def test_ctrl_c_keeps_the_part_that_was_written(talk, monkeypatch, capsys):
+    class Impatient(chat.Writer):
+        pieces = 0
+
+        def __call__(self, piece):
+            super().__call__(piece)
+            self.pieces += 1
+            if self.pieces == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "Writer", Impatient)
+    talk.settings = Generation(max_new_tokens=50, temperature=0)
+    handle(talk, "Hello")
+    captured = capsys.readouterr()
+    assert "stopped by Ctrl-C" in captured.err and "stays in the conversation" in captured.err
+    assert 1 <= len(talk.target.base.tokenizer.tokenize(captured.out.strip())) < 50
+    assert captured.out == printable(talk.conversation.messages[-1]["content"]) + "\n"
+
+
+def test_a_retry_that_fails_brings_the_former_answer_back(talk, says):
+    says("Hi.", RuntimeError("out of memory"), Response("", 0, False, interrupted=True))
+    handle(talk, "Hello")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            handle(talk, "/retry")
+        assert talk.conversation.messages[-1]["content"] == "Hi."
+
+
+def test_turns_that_are_not_sent_are_told_and_kept(talk, says, capsys):
+    calls = says("x " * 50, "y " * 50, "ok")
+    talk.window = 200
+    for line in ("One " * 20, "Two " * 20, "Three"):
+        handle(talk, line)
+    assert "turns at the beginning that were not sent: 1" in capsys.readouterr().err
+    assert len(calls[-1][0]) + talk.settings.max_new_tokens <= 200
+    assert len(talk.conversation.messages) == 6
+
+
+# --- in the terminal -------------------------------------------------------------------------
+
+
+def test_a_session(talk, says, monkeypatch, tmp_path, capsys):
+    calls = says("Hi.", RuntimeError("CUDA out of memory"), "Again.", KeyboardInterrupt(), "Last.")
+    keys = (
+        "Hello\r"
+        "\x03"  # Ctrl-C on an empty line
+        "half\x03"  # and on one that is not
+        "one\\\rtwo\x1b\rthree\r"  # continued by a backslash and by Alt-Enter; fails
+        "/retry\r"
+        "/nudo\r"
+        "\r"
+        "\x1b[200~a\r\nb\x1b[201~\r"  # a bracketed paste; stopped at once
+        "Other\r"
+        "/undo\r"
+        "\x04"  # Ctrl-D
+        "/never\r"
+    )
+    drive(talk, keys, monkeypatch, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == "Hi.\nAgain.\nLast.\n"
+    assert captured.err.count("Ctrl-D or /exit leaves.") == 1
+    assert "RuntimeError: CUDA out of memory" in captured.err
+    assert captured.err.count("The question is kept") == 2
+    assert "did you mean /undo?" in captured.err and "never" not in captured.err
+    assert [m["content"] for m in talk.conversation.messages] == [
+        "Hello",
+        "Hi.",
+        "one\ntwo\nthree",
+        "Again.",
+    ]
+    assert len(calls) == 5
+    assert "+three" in (tmp_path / "cache" / "history").read_text()
+
+
+def test_a_session_ends_with_exit(talk, says, monkeypatch, tmp_path, capsys):
+    says("Hi.")
+    drive(talk, "/undo\r/exit\rHello\r", monkeypatch, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Nothing was asked yet" in captured.err
+
+
+def test_a_session_without_a_place_for_its_history(talk, says, monkeypatch, tmp_path, capsys):
+    says("Hi.")
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    drive(talk, "Hello\r\x04", monkeypatch, tmp_path)
+    assert capsys.readouterr().out == "Hi.\n"
+
+
+def test_a_prompt_that_cannot_fit_is_told_in_a_session(talk, says, monkeypatch, tmp_path, capsys):
+    says("Hi.")
+    drive(talk, "word " * 600 + "\rHello\r\x04", monkeypatch, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == "Hi.\n" and "508 fit" in captured.err
+
+
+# --- once ------------------------------------------------------------------------------------
+
+
+def test_one_shot_writes_the_answer_alone_to_stdout(tiny_model, tiny_target):
+    by_option = run(
+        tiny_model, *ON_CPU, "--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 4
+    )
+    by_pipe = run(tiny_model, *ON_CPU, *SHORT, stdin="Hello\n")
+    [expected] = chat.generate(
+        tiny_target.base.model,
+        tiny_target.renderer,
+        [tiny_target.renderer.prompt([user("Hello")])],
+        tiny_target.config.generation,
+    )
+    for result in (by_option, by_pipe):
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == printable(expected.text) + "\n"
+        assert "stopped at max_new_tokens 4" in result.stderr
+
+
+def test_the_system_prompt_is_the_first_message(tiny_model, says):
+    calls = says("Hi.")
+    result = run(tiny_model, *ON_CPU, "--prompt", "Hello", "--system", "Be brief.")
+    assert (result.stdout, result.stderr) == ("Hi.\n", "")
+    renderer = runs.open_target(str(tiny_model), ON_CPU).renderer
+    messages = [{"role": "system", "content": "Be brief."}, user("Hello")]
+    assert calls[0][0] == renderer.prompt(messages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "says"),
+    [
+        ([], "", "stdin: the prompt is empty"),
+        ([], b"\xff", "not UTF-8"),
+        (["--prompt", " "], None, "--prompt: the prompt is empty"),
+        (["--prompt", "\udcff"], None, "not UTF-8"),
+        (["--prompt", "x", "--temperature", "-1"], None, "generation.temperature"),
+        (
+            ["--prompt", "x", "generation.temprature=1"],
+            None,
+            "did you mean generation.temperature?",
+        ),
+        (["--prompt", "word " * 600], None, "window of 512"),
+        (["--prompt", "x", "--compare"], None, "name a run"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_sentence(tiny_model, arguments, stdin, says):
+    result = run(tiny_model, *ON_CPU, *arguments, stdin=stdin)
+    assert result.exit_code == 2 and says in result.stderr
+    assert result.stdout == "" and "Traceback" not in result.stderr
+
+
+def test_ctrl_c_in_one_shot_exits_with_130(tiny_model, says):
+    says(Response("Half", 1, False, interrupted=True))
+    result = run(tiny_model, *ON_CPU, "--prompt", "Hello")
+    assert (result.exit_code, result.stdout) == (130, "Half\n")
+
+
+def test_compare_answers_with_base_and_tuned(adapter, tiny_model):
+    compared = run(adapter, *ON_CPU, *SHORT, "--prompt", "Hello", "--compare")
+    base = run(tiny_model, *ON_CPU, *SHORT, "--prompt", "Hello")
+    merged = run(adapter, *ON_CPU, *SHORT, "--prompt", "Hello")
+    assert compared.exit_code == 0, compared.stderr
+    assert base.stdout != merged.stdout
+    assert compared.stdout == f"base:\n{base.stdout}\ntuned:\n{merged.stdout}"
+
+
+def test_compare_stopped_in_the_base_stops_both(adapter, says):
+    calls = says(Response("Half", 1, False, interrupted=True))
+    result = run(adapter, *ON_CPU, "--prompt", "Hello", "--compare")
+    assert result.exit_code == 130 and len(calls) == 1
+
+
+def test_the_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert chat.default_target([]) == "smollm2-135m"
+    assert chat.default_target(["model.name=a/b", "model.name=./c"]) == "./c"
+    for age, name in enumerate(("b", "c", "a")):
+        file = tmp_path / "runs" / name / "adapter_config.json"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (100 - age, 100 - age))
+    (tmp_path / "runs" / "unfinished").mkdir()
+    assert chat.default_target([]) == "runs/b"
+    assert "runs/b" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_the_sample_knows_the_capital_of_france():
+    result = run(
+        "smollm2-135m", *ON_CPU, "--prompt", "What is the capital of France?", "--temperature", 0
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "The capital of France is Paris.\n"

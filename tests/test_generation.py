@@ -1,0 +1,117 @@
+"""The generation loop: greedy parity, batches, stopping, streaming, interrupts."""
+
+import pytest
+import torch
+
+from etude import runs
+from etude.config import Generation
+from etude.generation import _Streamer, generate
+
+GREEDY = Generation(temperature=0.0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return runs.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
+
+
+def prompts_of(target, *texts):
+    return [target.renderer.prompt([{"role": "user", "content": text}]) for text in texts]
+
+
+def by_hand(model, ids, steps, stop_ids):
+    """Greedy decoding without a cache, one full forward a token."""
+    ids, written = list(ids), []
+    with torch.no_grad():
+        for _ in range(steps):
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+            written.append(token)
+            if token in stop_ids:
+                break
+    return written
+
+
+def test_greedy_equals_a_loop_by_hand_alone_and_in_a_batch(tiny):
+    prompts = prompts_of(tiny, "Hi", "A much longer question, with many more words in it?")
+    batch = generate(tiny.base.model, tiny.renderer, prompts, GREEDY)
+    for prompt, answer in zip(prompts, batch, strict=True):
+        (alone,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)
+        expected = by_hand(tiny.base.model, prompt, 12, tiny.renderer.stop_ids)
+        assert alone == answer
+        assert answer.tokens == len(expected)
+        decoded = tiny.renderer.tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert answer.text == decoded
+
+
+def test_finished_tells_an_end_from_the_token_limit(tiny, monkeypatch):
+    (prompt,) = prompts_of(tiny, "Hi")
+    (cut,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)
+    assert not cut.finished
+    assert cut.tokens == 12
+    first = by_hand(tiny.base.model, prompt, 1, [])
+    monkeypatch.setattr(tiny.renderer, "stop_ids", first)
+    (ended,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)
+    assert ended.finished
+    assert ended.tokens == 1
+
+
+def test_a_seed_repeats_the_sample_and_another_seed_changes_it(tiny):
+    (prompt,) = prompts_of(tiny, "Hi")
+
+    def sampled(seed):
+        settings = Generation(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=20, seed=seed)
+        return generate(tiny.base.model, tiny.renderer, [prompt], settings)[0].text
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_the_stream_is_the_text(tiny):
+    (prompt,) = prompts_of(tiny, "Hi")
+    pieces = []
+    (answer,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY, pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == answer.text
+
+
+def test_no_piece_of_a_stream_ends_inside_a_character(sample_tokenizer):
+    class Renderer:
+        tokenizer = sample_tokenizer
+
+    ids = sample_tokenizer("naïve 🙂 日本語", add_special_tokens=False).input_ids
+    assert len(ids) > 8  # the emoji alone is several tokens of bytes
+    pieces = []
+    streamer = _Streamer(Renderer, pieces.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == "naïve 🙂 日本語"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_ctrl_c_keeps_what_was_written_when_streaming_and_leaves_otherwise(tiny):
+    (prompt,) = prompts_of(tiny, "Hi")
+    whole = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)[0].text
+    seen = []
+
+    def interrupt(piece):
+        seen.append(piece)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    (answer,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY, interrupt)
+    assert answer.interrupted
+    assert not answer.finished
+    assert answer.text
+    assert whole.startswith(answer.text)
+
+    class Broken:
+        device = "cpu"
+
+        def generate(self, **_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(Broken(), tiny.renderer, [prompt], GREEDY)
