@@ -1,20 +1,19 @@
-import json
 import os
 
 import pytest
 import typer
-from hypothesis import given
-from hypothesis import strategies as st
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from typer.testing import CliRunner
 
 from etude import chat, lora, runs
-from etude.chat import Conversation, Talk, changed, fit, handle, printable
+from etude.chat import Talk, changed, handle
 from etude.config import Generation, Lora
+from etude.dialogue import Conversation
 from etude.errors import UserError
 from etude.generation import Response
+from etude.terminal import printable
 
 ON_CPU = ["model.dtype=float32", "training.use_cpu=true"]
 SHORT = ["generation.max_new_tokens=4", "generation.temperature=0"]
@@ -85,139 +84,6 @@ def run(*arguments, stdin=None):
     app = typer.Typer()
     app.command()(chat.chat)
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-
-
-# --- the state -------------------------------------------------------------------------------
-
-
-def test_conversation_takes_turns():
-    conversation = Conversation(system="Be brief.")
-    assert not conversation.pending
-    conversation.ask("lost")
-    conversation.ask("One?")
-    assert conversation.pending and len(conversation.messages) == 1
-    conversation.answer("1")
-    exchange(conversation, "Two?", "2")
-    assert [m["role"] for m in conversation.sent()] == ["system", *["user", "assistant"] * 2]
-    assert conversation.take_answer() == "2" and conversation.pending
-    assert conversation.take_answer() is None
-    assert conversation.undo() == "Two?"
-    assert conversation.undo() == "One?"
-    with pytest.raises(UserError, match="Nothing was asked"):
-        conversation.undo()
-
-
-def test_an_empty_system_prompt_is_one():
-    assert Conversation(system="").sent() == [{"role": "system", "content": ""}]
-    assert Conversation().sent() == []
-
-
-class Letters:
-    """A renderer whose tokens can be counted by hand: 3 a message and 2 for the answer's head."""
-
-    def prompt(self, messages):
-        return [0] * (sum(3 + len(m["content"]) for m in messages) + 2)
-
-
-turns = st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=6)
-
-
-@given(
-    turns,
-    st.text(max_size=9),
-    st.none() | st.text(max_size=9),
-    st.integers(1, 120),
-    st.integers(1, 40),
-)
-def test_fit_drops_whole_turns_from_the_front(said, last, system, window, reserve):
-    conversation = Conversation(system)
-    for question, answer in said:
-        exchange(conversation, question, answer)
-    conversation.ask(last)
-    everything = conversation.sent()
-    head = everything[: system is not None]
-    before = [dict(message) for message in everything]
-    try:
-        messages, dropped = fit(Letters(), everything, window, reserve)
-    except UserError as error:
-        alone = len(Letters().prompt([*head, everything[-1]]))
-        assert alone + reserve > window
-        assert f"{alone:,} tokens" in str(error)
-        return
-    assert len(Letters().prompt(messages)) + reserve <= window
-    assert messages == [*head, *everything[len(head) + 2 * dropped :]]
-    assert messages[-1]["content"] == last
-    if dropped:  # no more than had to go
-        more = [*head, *everything[len(head) + 2 * (dropped - 1) :]]
-        assert len(Letters().prompt(more)) + reserve > window
-    assert everything == before
-
-
-def test_fit_without_a_window_keeps_all(talk):
-    exchange(talk.conversation, "One?", "1")
-    assert fit(Letters(), talk.conversation.sent(), None, 10**9) == (talk.conversation.sent(), 0)
-
-
-def test_fit_with_the_real_renderer(tiny_target):
-    conversation = Conversation("Be brief.")
-    for number in range(20):
-        exchange(conversation, f"What is {number} + 1?", f"It is {number + 1}.")
-    conversation.ask("And now?")
-    messages, dropped = fit(tiny_target.renderer, conversation.sent(), 200, 50)
-    assert 0 < dropped < 20 and messages[0]["role"] == "system"
-    assert len(tiny_target.renderer.prompt(messages)) <= 150
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def test_save_and_load_give_the_same_conversation(tmp_path):
-    conversation = Conversation("Sois bref.")
-    exchange(conversation, "Où ?\n\x1b[31m", "là 🙂")
-    chat.save(conversation, tmp_path / "c.json")
-    assert chat.load(tmp_path / "c.json") == conversation
-
-
-def test_save_overwrites_nothing_and_names_a_free_file(tmp_path):
-    path = tmp_path / "c.json"
-    path.write_text("precious")
-    (tmp_path / "c-2.json").touch()
-    with pytest.raises(UserError, match=r"not overwritten.*c-3\.json"):
-        chat.save(Conversation(), path)
-    assert path.read_text() == "precious"
-    with pytest.raises(UserError, match="cannot be written"):
-        chat.save(Conversation(), tmp_path / "nowhere" / "c.json")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
-        ([], "an object"),
-        ({"messages": {}}, "an object"),
-        ({"messages": [], "system": 1}, "an object"),
-        ({"messages": ["hello"]}, 'message 1: role "user"'),
-        ({"messages": [user(1)]}, "message 1"),
-        ({"messages": [user("a"), user("b")]}, 'message 2: role "assistant"'),
-        ({"messages": [{**user("a"), "tool": 1}]}, "message 1"),
-    ],
-)
-def test_load_checks_the_form(tmp_path, value, says):
-    (tmp_path / "c.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match=says):
-        chat.load(tmp_path / "c.json")
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
-def test_load_of_what_is_no_json(tmp_path, content):
-    (tmp_path / "c.json").write_bytes(content)
-    with pytest.raises(UserError, match="not a saved conversation"):
-        chat.load(tmp_path / "c.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        chat.load(tmp_path / "none.json")
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -439,7 +305,7 @@ def test_one_shot_writes_the_answer_alone_to_stdout(tiny_model, tiny_target):
     [expected] = chat.generate(
         tiny_target.base.model,
         tiny_target.renderer,
-        [tiny_target.renderer.prompt([user("Hello")])],
+        [tiny_target.renderer.prompt([{"role": "user", "content": "Hello"}])],
         tiny_target.config.generation,
     )
     for result in (by_option, by_pipe):
@@ -453,7 +319,10 @@ def test_the_system_prompt_is_the_first_message(tiny_model, says):
     result = run(tiny_model, *ON_CPU, "--prompt", "Hello", "--system", "Be brief.")
     assert (result.stdout, result.stderr) == ("Hi.\n", "")
     renderer = runs.open_target(str(tiny_model), ON_CPU).renderer
-    messages = [{"role": "system", "content": "Be brief."}, user("Hello")]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
     assert calls[0][0] == renderer.prompt(messages)
 
 

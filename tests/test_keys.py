@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from etude import config as configuration
-from etude import data, device, evaluation, generation, lora, models, runs, train_with_config, trainer
+from etude import (
+    data,
+    device,
+    evaluation,
+    generation,
+    lora,
+    models,
+    runs,
+    train_with_config,
+    trainer,
+)
 from etude.errors import UserError
 
 
@@ -15,7 +25,9 @@ from etude.errors import UserError
 def place(tmp_path_factory):
     """Files for the data keys: 20 rows with other column names too, a template, a second set."""
     folder = tmp_path_factory.mktemp("keys")
-    rows = [{"text": f"row {n} " + "x " * n, "label": "ab"[n % 2], "note": f"n{n}"} for n in range(20)]
+    rows = [
+        {"text": f"row {n} " + "x " * n, "label": "ab"[n % 2], "note": f"n{n}"} for n in range(20)
+    ]
     for name, part in (("train", rows), ("other", rows[:7]), ("third", rows[3:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "template.jinja").write_text(

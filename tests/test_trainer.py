@@ -134,7 +134,9 @@ def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(losses) == 6
     assert results["eval_loss"] == min(losses) < losses[-1]
-    renderer = runs.renderer_for(models.load(str(tiny_model), device.choose("float32", True)), settings)
+    renderer = runs.renderer_for(
+        models.load(str(tiny_model), device.choose("float32", True)), settings
+    )
     table = data.read(settings.dataset.validation, settings.dataset)
     examples, _ = data.encode(table, renderer, settings.dataset, "validation")
     from etude import batching
@@ -170,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny_model, files):
 
 def test_warm_up_longer_than_the_training_is_an_error(tiny_model, files):
     settings = settings_for(tiny_model, files, "training.warmup_steps=3")
-    with pytest.raises(UserError, match="warmup_steps: 3 is not shorter.* 3 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps: 3 is not shorter.* 3 steps"):
         fitted(settings, files / "run")
 
 

@@ -1,14 +1,10 @@
 """A run or a base, answering in the terminal: once (--prompt, a pipe) or as a conversation."""
 
-import itertools
-import json
 import re
 import sys
 import textwrap
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +14,8 @@ from pydantic import ValidationError
 from etude import config as configuration
 from etude import lora, models, runs, terminal
 from etude.config import Generation
-from etude.conversation import Message, Renderer, RenderError
+from etude.conversation import RenderError
+from etude.dialogue import Conversation, fit, load, save
 from etude.errors import UserError, nearest
 from etude.generation import Response, generate
 
@@ -41,8 +38,6 @@ KEYS = (
     "Enter sends; Alt-Enter, or a backslash at the end of a line, begins a new line.\n"
     "Ctrl-C stops an answer. A message that begins with / is written with // instead."
 )
-# C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def sampling(key: str) -> Any:
@@ -121,75 +116,6 @@ def default_target(overrides: Sequence[str]) -> str:
         return folder
     say(f"No run under runs/ yet: this is the sample model, {models.SAMPLE}, untuned")
     return models.SAMPLE
-
-
-def fit(
-    renderer: Renderer, messages: Sequence[Message], window: int | None, reserve: int
-) -> tuple[list[Message], int]:
-    """The messages that leave `reserve` tokens of `window` free, and how many turns were dropped.
-
-    A turn is a user message with its answer. The oldest go first; a system message and the last
-    user message always stay.
-
-    Raises:
-        UserError: the last user message alone does not fit.
-    """
-    head = [message for message in messages[:1] if message["role"] == "system"]
-    turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if window is None or not turns:
-        return list(messages), 0
-    room = window - reserve
-
-    def size(dropped: int) -> int:
-        return len(renderer.prompt([*head, *messages[turns[dropped] :]]))
-
-    dropped = bisect_left(range(len(turns)), True, key=lambda dropped: size(dropped) <= room)
-    if dropped == len(turns):
-        raise UserError(
-            f"The prompt has {size(dropped - 1):,} tokens, and {max(room, 0):,} fit: the model's "
-            f"window of {window:,} less max_new_tokens {reserve:,}. Shorten it, or lower the latter"
-        )
-    return [*head, *messages[turns[dropped] :]], dropped
-
-
-@dataclass
-class Conversation:
-    """What was said. User and assistant take turns; the last question may still be unanswered."""
-
-    system: str | None = None
-    messages: list[Message] = field(default_factory=list)
-
-    @property
-    def pending(self) -> bool:
-        """Whether the last question has no answer yet."""
-        return bool(self.messages) and self.messages[-1]["role"] == "user"
-
-    def ask(self, text: str) -> None:
-        """Add a question, in place of one that never got an answer."""
-        if self.pending:
-            self.messages.pop()
-        self.messages.append({"role": "user", "content": text})
-
-    def answer(self, text: str) -> None:
-        """Add the answer to the pending question."""
-        self.messages.append({"role": "assistant", "content": text})
-
-    def take_answer(self) -> str | None:
-        """Drop the last answer and return it; None if the last question is still pending."""
-        if not self.messages:
-            raise UserError("Nothing was asked yet")
-        return None if self.pending else self.messages.pop()["content"]
-
-    def undo(self) -> str:
-        """Drop the last question and its answer; return the question."""
-        self.take_answer()
-        return self.messages.pop()["content"]
-
-    def sent(self) -> list[Message]:
-        """The messages as the renderer takes them, a system prompt of this chat first."""
-        if self.system is None:
-            return list(self.messages)
-        return [{"role": "system", "content": self.system}, *self.messages]
 
 
 class Talk:
@@ -291,21 +217,16 @@ class Writer:
 
     def __call__(self, piece: str) -> None:
         """Write `piece`, but for white space that nothing has followed yet."""
-        text = self._held + printable(piece)
+        text = self._held + terminal.printable(piece)
         text = text if self._begun else text.lstrip()
         shown = text.rstrip()
         self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
         print(shown, end="", flush=True)
 
 
-def printable(text: str) -> str:
-    """Text without the control characters by which it could drive the terminal."""
-    return CONTROL.sub("", text)
-
-
 def say(text: str, style: str = "dim") -> None:
     """A notice to the person, on stderr."""
-    terminal.err.print(printable(text), style=style, markup=False)
+    terminal.err.print(terminal.printable(text), style=style, markup=False)
 
 
 # --- the conversation in a terminal ----------------------------------------------------------
@@ -469,41 +390,6 @@ def overview(talk: Talk) -> str:
         + (f" of a window of {talk.window:,}" if talk.window else ""),
     }
     return "\n".join(f"{key:<19} {value}" for key, value in rows.items())
-
-
-def save(conversation: Conversation, path: Path) -> None:
-    """Write a conversation as JSON to a new file; one that exists is not touched."""
-    try:
-        with path.open("x", encoding="utf-8") as stream:
-            json.dump(asdict(conversation), stream, ensure_ascii=False, indent=2)
-    except FileExistsError:
-        names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-        free = next(name for name in names if not name.exists())
-        raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def load(path: Path) -> Conversation:
-    """Read a conversation that `save` wrote, and check its form."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a saved conversation: {error}") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not isinstance(value.get("system"), str | None):
-        raise UserError(
-            f'{path}: not a saved conversation: an object with "system" (text or null) and '
-            '"messages" is expected'
-        )
-    for number, message in enumerate(messages, 1):
-        role = "user" if number % 2 else "assistant"
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or message != {"role": role, "content": content}:
-            raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
-    return Conversation(value.get("system"), messages)
 
 
 if __name__ == "__main__":

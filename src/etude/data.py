@@ -128,7 +128,7 @@ def read(source: str, settings: Dataset) -> Table:
     known = needed + OPTIONAL.get(form, ())
     stray = [name for name in columns if name not in known]
     if stray:
-        guess = nearest(stray[0], known)
+        guess = nearest(stray[0], [name for names in FORMATS.values() for name in names])
         raise UserError(
             f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has "
             f"{', '.join(known)}" + (f"; did you mean {guess}?" if guess else "")
@@ -472,9 +472,8 @@ def _raise_faults(faults: list[str], advice: str) -> None:
     if faults:
         shown = faults[:FAULTS_SHOWN]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise UserError(
-            f"{len(faults)} rows cannot be used ({advice}):\n  " + "\n  ".join(shown + more)
-        )
+        rows = "1 row" if len(faults) == 1 else f"{len(faults)} rows"
+        raise UserError(f"{rows} cannot be used ({advice}):\n  " + "\n  ".join(shown + more))
 
 
 def _lines(lines: Sequence[int]) -> str:
@@ -494,9 +493,8 @@ def _string(value: object, name: str) -> str:
         raise ValueError(f"{name} is empty")
     try:
         value.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, and no tokenizer takes it.
         raise ValueError(
             f"{name} holds half a character ({value[error.start]!r}); write the whole one"
         ) from None

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import logging
+import re
 import sys
 import time
 import warnings
@@ -21,6 +22,9 @@ P = ParamSpec("P")
 USER_ERROR = 2
 INTERRUPTED = 130
 
+# C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 # Results go to stdout, all else to stderr, so that output can be piped.
 # No markup: what is printed holds the user's texts, in which a bracket is a bracket.
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -29,12 +33,17 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
     """Print one line of a program's report: a label in its column, then the text."""
-    out.print(Text(f"{label:<10}", style=style), text, sep="")
+    out.print(Text(f"{label:<10}", style=style), printable(text), sep="")
 
 
 def notice(text: str) -> None:
     """Print something that the user should know but need not act on."""
     say("notice", text, "yellow")
+
+
+def printable(text: str) -> str:
+    """Text without the control characters by which it could drive the terminal."""
+    return CONTROL.sub("", text)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -49,7 +58,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            err.print(Text("error: ", style="bold red"), str(error), sep="")
+            err.print(Text("error: ", style="bold red"), printable(str(error)), sep="")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             err.print("\nstopped")

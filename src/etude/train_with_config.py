@@ -204,7 +204,8 @@ def show_data(
             # Where there is no colour, brackets mark it.
             plain = supervised and not terminal.out.is_terminal
             style = "green underline" if supervised else "dim"
-            terminal.out.print(Text(f"⟦{text}⟧" if plain else text, style=style), end="")
+            shown = terminal.printable(f"⟦{text}⟧" if plain else text)
+            terminal.out.print(Text(shown, style=style), end="")
         terminal.out.print()
 
 

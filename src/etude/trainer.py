@@ -18,7 +18,6 @@ from etude.device import Device
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
 
-
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

@@ -1,0 +1,294 @@
+"""Evaluation: exact label likelihoods, parsing, responses, and what the report says."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from typer.testing import CliRunner
+
+from etude import config as configuration
+from etude import data, evaluation, report, runs
+from etude.cli import app
+from etude.conversation import Example
+
+LABELS = ["good", "good enough", "goodness", "bad"]  # one begins another, several tokens each
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return runs.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
+
+
+def brute_force(model, renderer, prompt, label):
+    """log P(label and its end token | prompt), one plain forward, nothing of Etude's passes."""
+    start = renderer.prompt(prompt)
+    ids = renderer.render([*prompt, {"role": "assistant", "content": label}]).ids
+    end = len(start) + ids[len(start) :].index(renderer.end_of_turn) + 1
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    return sum(float(logs[at - 1, ids[at]]) for at in range(len(start), end))
+
+
+def test_label_likelihoods_equal_brute_force(tiny):
+    prompts = [[{"role": "user", "content": f"Judge this: {'very ' * n}nice"}] for n in range(7)]
+    got = evaluation.label_log_likelihoods(
+        tiny.base.model, tiny.renderer, prompts, LABELS, tiny.config, "test"
+    )
+    for prompt, row in zip(prompts, got, strict=True):
+        expected = [brute_force(tiny.base.model, tiny.renderer, prompt, label) for label in LABELS]
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 3) for value in got[0]}) == len(LABELS)
+
+
+@pytest.mark.real
+def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
+    settings = configuration.Config()
+    table = data.sample(data.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0)
+    prompts = [data.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
+    got = evaluation.label_log_likelihoods(
+        sample.base.model, sample.renderer, prompts, table.labels, settings, "test"
+    )
+    for prompt, row in zip(prompts, got, strict=True):
+        expected = [
+            brute_force(sample.base.model, sample.renderer, prompt, label) for label in table.labels
+        ]
+        assert row == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("response", "label"),
+    [
+        ("positive", "positive"),
+        ("Positive.", "positive"),
+        (' "NEGATIVE" ', "negative"),
+        ("The sentiment is negative.", "negative"),
+        ("positive, not negative", None),
+        ("positively", None),
+        ("", None),
+        ("I don't know", None),
+    ],
+)
+def test_parse_label(response, label):
+    assert evaluation.parse_label(response, ["negative", "neutral", "positive"]) == label
+
+
+def test_last_answer_supervises_the_last_stretch_only():
+    flags = [False, True, True, False, True, True, False]
+    found = evaluation.last_answer(Example(list(range(7)), flags))
+    assert found.supervised == [False, False, False, False, True, True, False]
+
+
+def test_softmax():
+    assert evaluation.softmax([0.0, math.log(3)]) == pytest.approx([0.25, 0.75])
+    assert evaluation.softmax([-5000.0, -5000.0]) == [0.5, 0.5]
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    tweets = [
+        {"text": f"{'I love' if n % 3 else 'I hate'} number {n}", "label": "yes" if n % 3 else "no"}
+        for n in range(30)
+    ]
+    pairs = [
+        {"prompt": f"Define the word number {n}.", "completion": f"It is | {n}.\nReally."}
+        for n in range(6)
+    ]
+    quality = [
+        {**pairs[0], "completion": "It is a thing that counts other things.", "quality": "good"},
+        {**pairs[1], "completion": "a a a a a a a a a a a a a a a a a a", "quality": "poor"},
+    ]
+    texts = [{"text": f"Plain text number {n}."} for n in range(4)]
+    for name, rows in (
+        ("tweets", tweets),
+        ("pairs", pairs),
+        ("quality", quality),
+        ("texts", texts),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def etude(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(tiny_model, files, data_file, run, *overrides):
+    result = etude(
+        "train",
+        "--preset",
+        "cpu",
+        f"model.name={tiny_model}",
+        f"dataset.train={files}/{data_file}",
+        f"dataset.test={files}/{data_file}",
+        "dataset.validation=null",
+        "training.learning_rate=0.05",
+        "training.num_epochs=4",
+        f"output.dir={run}",
+        *overrides,
+    )
+    assert result.exit_code == 0, result.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model, files, tmp_path_factory):
+    return train(tiny_model, files, "tweets.jsonl", tmp_path_factory.mktemp("runs") / "classifier")
+
+
+@pytest.mark.parametrize("method", ["likelihood", "generate"])
+def test_a_report_on_labels_agrees_with_scikit_learn(classifier, files, method):
+    result = etude("evaluate", classifier, "--base", f"evaluation.method={method}")
+    assert result.exit_code == 0, result.output
+    folder = max(classifier.glob("evaluation*"), key=lambda path: path.stat().st_mtime)
+    found = json.loads((folder / "report.json").read_text())
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    assert len(lines) == 30
+    truth = [line["label"] for line in lines]
+    assert found["method"] == method
+    for name in ("base", "tuned"):
+        predicted = [line[name]["predicted"] or "?" for line in lines]
+        figures = found["models"][name]
+        assert figures["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+        f1 = f1_score(truth, predicted, labels=["no", "yes"], average="macro", zero_division=0)
+        assert figures["macro"]["f1"] == pytest.approx(f1)
+        matrix = confusion_matrix(truth, predicted, labels=["no", "yes", "?"])[:2]
+        assert figures["confusion"] == matrix[:, : len(figures["columns"])].tolist()
+        assert figures["unparseable"] == predicted.count("?")
+        low, high = figures["intervals"]["accuracy"].values()
+        assert low <= figures["accuracy"] <= high
+        assert (folder / f"confusion-{name}.png").read_bytes().startswith(b"\x89PNG")
+    if method == "likelihood":
+        assert found["models"]["tuned"]["accuracy"] > found["models"]["base"]["accuracy"]
+    else:  # the random base writes no label, and that is not counted as one of them
+        assert found["models"]["base"]["unparseable"] > 0
+        assert "unparseable" in (folder / "report.md").read_text()
+    assert "McNemar" in result.output
+    assert "accuracy [95% interval]" in result.output
+
+
+def test_an_evaluation_never_overwrites_another(classifier, files):
+    etude("evaluate", classifier)
+    before = {path: path.read_bytes() for path in classifier.glob("evaluation*/report.json")}
+    assert before
+    assert etude("evaluate", classifier).exit_code == 0
+    after = {path: path.read_bytes() for path in classifier.glob("evaluation*/report.json")}
+    assert len(after) == len(before) + 1
+    assert all(after[path] == content for path, content in before.items())
+    out = next(iter(before)).parent
+    refused = etude("evaluate", classifier, "--out", out)
+    assert refused.exit_code == 2
+    assert "holds a report already" in refused.output
+
+
+def test_one_text_gets_its_labels(classifier):
+    result = etude("evaluate", classifier, "--text", "I love number 4")
+    assert result.exit_code == 0, result.output
+    lines = re.findall(r"^(yes|no) +([0-9.]+)%$", result.output, re.MULTILINE)
+    assert {label for label, _ in lines} == {"yes", "no"}
+    shares = [float(share) for _, share in lines]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert shares[0] >= shares[1]
+
+
+def test_a_report_on_responses(tiny_model, files, tmp_path):
+    run = train(tiny_model, files, "pairs.jsonl", tmp_path / "run", "generation.max_new_tokens=12")
+    result = etude("evaluate", run, "--base", "evaluation.batch_size=4")
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / "evaluation" / "report.json").read_text())
+    base, tuned = found["models"]["base"], found["models"]["tuned"]
+    assert tuned["perplexity"] < base["perplexity"]
+    assert sum(tuned["quality_labels"].values()) == 6
+    assert found["comparison"]["second_likelier"] == 6
+    assert "Wilcoxon" in result.output
+    # Perplexity by transformers' own loss, row by row.
+    target = runs.open_target(str(run), [])
+    model = target.base.model
+    total = tokens = 0
+    table = data.read(f"{files}/pairs.jsonl", target.config.dataset)
+    for row in table.rows:
+        example = target.renderer.render(row.messages)
+        labels = [i if s else -100 for i, s in zip(example.ids, example.supervised, strict=True)]
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
+        total += float(loss) * sum(example.supervised)
+        tokens += sum(example.supervised)
+    assert base["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    # A bar or a line break in a text must not break the table.
+    markdown = (run / "evaluation" / "report.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| Define")]
+    assert len(rows) == 5
+    assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
+
+
+def test_one_text_gets_a_response_its_quality_and_perplexity(tiny_model):
+    result = etude(
+        "evaluate", tiny_model, "--text", "What is tea?", "generation.max_new_tokens=8",
+        "generation.seed=1", "training.use_cpu=true",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for word in ("response", "quality", "repetition", "perplexity"):
+        assert word in result.output
+
+
+def test_given_quality_labels_are_held_against_the_heuristics(tiny_model, files, tmp_path):
+    result = etude(
+        "evaluate", tiny_model, "--data", files / "quality.jsonl", "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["models"]["heuristics"]
+    assert found["labels"] == ["good", "fair", "poor"]
+    assert found["accuracy"] == 1.0
+
+
+def test_raw_text_gets_a_perplexity(tiny_model, files, tmp_path):
+    result = etude(
+        "evaluate", tiny_model, "--data", files / "texts.jsonl", "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["models"]["model"]
+    assert found["perplexity"] > 1
+    assert "exact_match" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lora.r=4"], "which run or model?"),
+        (["runs/none"], "no such run"),
+        (["a", "b"], "one name is expected"),
+        (["{run}", "--text", " "], "--text is empty"),
+        (["{run}", "--data", "nothing.jsonl"], "no such file"),
+        (["{run}", "dataset.test=null"], "dataset.test is null"),
+        (["{tiny}", "--base", "--data", "{files}/tweets.jsonl"], "is no run"),
+        (["{run}", "evaluation.metod=x"], "did you mean evaluation.method?"),
+    ],
+)
+def test_mistakes_are_told(classifier, tiny_model, files, arguments, words):
+    result = etude(
+        "evaluate", *(a.format(run=classifier, tiny=tiny_model, files=files) for a in arguments)
+    )
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_summary_and_verdict_say_what_the_figures_say():
+    figures = {
+        "kind": "responses", "perplexity": 3.0, "exact_match": 0.5, "rouge_l": 0.25, "chrf": 12.0,
+        "finished": 0.95, "quality": 0.8, "quality_labels": {"good": 3, "fair": 2, "poor": 1},
+    }  # fmt: skip
+    result = {"models": {"base": figures, "tuned": figures}}
+    head, rows = report.summary(result)
+    assert head == ["", "base", "tuned"]
+    assert ["ended by itself", "95.0%", "95.0%"] in rows
+    assert ["good / fair / poor", "3 / 2 / 1", "3 / 2 / 1"] in rows
+    assert report.verdict(result) == ""
+    comparison = {"only_first_right": 1, "only_second_right": 40, "p_value": 1e-9}
+    assert "p < 0.0001" in report.verdict({**result, "comparison": comparison})
