@@ -52,6 +52,8 @@ def main() -> None:
     print("Loading the sample model (about 20 seconds) ...")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # Its weights are plain float32 now, but Trainer would take it for a quantised model.
+    model.is_quantized = False
 
     # --- 3. LoRA: small trained matrices beside the frozen ones ------------------------------
 
@@ -113,7 +115,8 @@ def main() -> None:
 
     # --- 6. Save the adapter (the base is not copied) and try it -----------------------------
 
-    model.save_pretrained(OUTPUT)
+    # Without the flag PEFT looks for a config.json of the base, which a GGUF file does not have.
+    model.save_pretrained(OUTPUT, save_embedding_layers=False)
     model.eval()
     text = "What a wonderful day, I love this!"
     prompt = tokenizer.apply_chat_template(

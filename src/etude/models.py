@@ -56,11 +56,21 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
         common["revision"] = revision or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=device.torch_dtype, use_safetensors=True, **common
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=device.torch_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise _explain(name, folder, revision, error) from None
+    model, facts = loaded
+    if facts["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise UserError(
+            f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
+            "so it would answer at random. Copy the model again, or take one with a language model's head"
+        )
     if device.name != "cpu":
         model = model.to(torch.device(device.name))
     if tokenizer.pad_token_id is None:

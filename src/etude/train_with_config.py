@@ -58,6 +58,10 @@ def train(
         examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
     show_data(tables, examples, reports, base.tokenizer)
 
+    import transformers
+
+    # Before the adapter is made: its A starts at random.
+    transformers.set_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name)
     parameters = str(lora.count(model))
     terminal.say(
@@ -248,7 +252,6 @@ def fit(
         terminal.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
     terminal.say("training", f"{steps} steps of {rows} rows")
-    transformers.set_seed(settings.training.seed)
     callbacks: list[Any] = []
     if settings.training.early_stopping_patience and "validation" in examples:
         callbacks.append(

@@ -1,0 +1,257 @@
+"""The programs as a person runs them: files in, files out, exit codes, and what a mistake gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from etude import config as configuration
+from etude import main as simple_script
+from etude import runs, trainer
+from etude.cli import app
+from etude.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def etude(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def train_arguments(tiny_model, files, run, *more):
+    return (
+        "train", "--preset", "cpu", f"model.name={tiny_model}", f"dataset.train={files}/pairs.jsonl",
+        "dataset.validation=null", "dataset.test=null", "training.num_epochs=1",
+        "training.eval_steps=2", f"output.dir={run}", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    result = etude(*train_arguments(tiny_model, files, folder))
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_a_run_says_what_it_did(run):
+    _, output = run
+    # Llama with 2 layers, hidden 32: q 32x32, v 32x16; r=64 gives 2 * 64 * (64 + 48).
+    for words in (
+        "format prompt_completion",
+        "14,336 of",
+        "training  5 steps of 8 rows",
+        "⟦Answer",
+        "etude chat",
+    ):
+        assert words in output
+
+
+def test_a_run_folder_holds_all_and_plain_peft_loads_it(run, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "config.yml", "loss.png",
+        "manifest.json", "metrics.jsonl", "checkpoints",
+    }  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = base(ids).logits
+        plain = PeftModel.from_pretrained(base, folder)(ids).logits
+        ours = runs.open_target(str(folder), []).tuned()(ids).logits
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, plain)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["chat_format"]["stop_tokens"] == ["<|im_end|>"]
+    assert manifest["data"]["train"]["kept"] == 36
+    assert manifest["data"]["validation"]["kept"] == 4
+    assert manifest["base"]["identity"].startswith("sha256:")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 5]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_configuration_trains_the_same_adapter_again(run, tmp_path):
+    folder, _ = run
+    again = tmp_path / "again"
+    result = etude("train", folder / "config.yml", f"output.dir={again}")
+    assert result.exit_code == 0, result.output
+    first = load_file(folder / "adapter_model.safetensors")
+    second = load_file(again / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The control: another seed gives another adapter.
+    other = tmp_path / "other"
+    etude("train", folder / "config.yml", f"output.dir={other}", "training.seed=1")
+    third = load_file(other / "adapter_model.safetensors")
+    assert not all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_a_finished_run_is_never_overwritten(run, tiny_model, files):
+    folder, _ = run
+    before = {path: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+    for more in ((), ("--resume",)):
+        result = etude(*train_arguments(tiny_model, files, folder, *more))
+        assert result.exit_code == 2
+        assert "never overwritten" in result.output
+        assert f"{folder.name}-2" in result.output
+    assert {path: path.read_bytes() for path in folder.glob("*") if path.is_file()} == before
+    foreign = folder.parent / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    result = etude(*train_arguments(tiny_model, files, foreign))
+    assert result.exit_code == 2
+    assert "is not a run" in result.output
+
+
+def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    original = trainer.Recorder.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Recorder, "on_step_end", interrupt)
+    result = etude(*train_arguments(tiny_model, files, folder))
+    assert result.exit_code == 2
+    assert "stopped at step 3 of 5" in result.output
+    assert "--resume" in result.output
+    monkeypatch.undo()
+
+    refused = etude(*train_arguments(tiny_model, files, folder))
+    assert refused.exit_code == 2
+    assert "did not end" in refused.output
+    refused = etude("evaluate", folder)
+    assert "has no adapter yet" in refused.output
+    other = etude(*train_arguments(tiny_model, files, folder, "--resume", "lora.r=8"))
+    assert other.exit_code == 2
+    assert "lora.r 64 (now 8)" in other.output
+
+    result = etude("train", folder / "config.yml", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "checkpoint-2" in result.output
+    assert json.loads((folder / "manifest.json").read_text())["results"]["steps"] == 5
+
+
+def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path):
+    folder, _ = run
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change, words in (
+        ({"base": {"identity": "sha256:0"}}, "trained on another base"),
+        ({"chat_format": {**manifest["chat_format"], "template": "x"}}, "chat format differs"),
+        ({"chat_format": {**manifest["chat_format"], "system_prompt": "x"}}, "chat format differs"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(UserError, match=words):
+            runs.open_target(str(folder), [])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert runs.open_target(str(folder), []).adapter == folder
+
+
+def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, tmp_path):
+    import shutil
+
+    folder, _ = run
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, tmp_path / name)
+    target = runs.open_target(str(tmp_path), ["training.use_cpu=true"])
+    assert target.base.name == str(tiny_model)
+    assert target.adapter == tmp_path
+
+
+def test_init_writes_the_schema_and_nothing_over_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert etude("init").exit_code == 0
+    assert (tmp_path / "config.yml").read_text() == configuration.to_yaml(configuration.Config())
+    (tmp_path / "config.yml").write_text("mine")
+    result = etude("init")
+    assert result.exit_code == 2
+    assert "not overwritten" in result.output
+    assert (tmp_path / "config.yml").read_text() == "mine"
+    assert etude("init", "no/such/folder/x.yml").exit_code == 2
+
+
+def test_the_repositorys_config_is_what_init_writes():
+    assert (ROOT / "config.yml").read_text() == configuration.to_yaml(configuration.Config())
+
+
+def test_validate_reads_the_data_without_a_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = etude("validate", "config.yml")
+    assert result.exit_code == 0, result.output
+    assert "3,200 rows, format classification, labels negative, neutral, positive" in result.output
+    result = etude("validate", "config.yml", "dataset.columns={text: rating}", "lora.rr=4")
+    assert result.exit_code == 2
+    assert "lora.r" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nothing.yml"], "no such file"),
+        (["train", "a.yml", "b.yml"], "one name is expected"),
+        (["train", "--preset", "quikstart"], "did you mean quickstart?"),
+        (["train", "--preset", "cpu", "lora.r"], "no such file"),
+        (["train", "--preset", "cpu", "model.name=./nothing"], "not a model folder"),
+        (["train", "--preset", "cpu", "dataset.train=nothing.jsonl"], "no such file"),
+        (["train", "--preset", "cpu", "training.fp16=true"], "fp16"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_exit_code_2(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = etude(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_help_comes_without_the_heavy_libraries():
+    heavy = "torch transformers peft datasets sklearn scipy numpy matplotlib prompt_toolkit".split()
+    code = (
+        "import sys, etude.cli\n"
+        f"print([name for name in {heavy} if name in sys.modules])\n"
+        "import torch; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "True"]
+
+
+@pytest.mark.parametrize("module", ["train_with_config", "evaluation", "chat"])
+def test_every_program_runs_as_a_module(module):
+    command = [sys.executable, "-m", f"etude.{module}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "KEY=VALUE" in done.stdout
+
+
+@pytest.mark.real
+def test_the_simple_script_trains_and_says_what_it_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(simple_script, "OUTPUT", tmp_path / "main")
+    monkeypatch.setattr(simple_script, "ROWS", 8)
+    monkeypatch.setattr(simple_script, "MAX_LENGTH", 128)
+    simple_script.main()
+    said = capsys.readouterr().out
+    assert "Saved the adapter" in said
+    assert "train_with_config.py" in said
+    weights = load_file(tmp_path / "main" / "adapter_model.safetensors")
+    assert sum(value.numel() for value in weights.values()) == 3_686_400
+    assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
