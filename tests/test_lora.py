@@ -140,7 +140,7 @@ def test_an_adapter_for_another_base_is_refused(model, tmp_path):
             num_attention_heads=4,
         )
     )
-    with pytest.raises(UserError, match="does not load on this base.*size mismatch"):
+    with pytest.raises(UserError, match=r"does not load on this base.*size mismatch"):
         lora.load(other, tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_an_adapter_that_fits_nowhere_is_refused(model, base, tmp_path):
         },
         file,
     )
-    with pytest.raises(UserError, match="does not load on this base"):
+    with pytest.raises(UserError, match=r"does not load on this base: Found missing adapter keys"):
         lora.load(copy.deepcopy(base), tmp_path)
 
 
@@ -171,9 +171,7 @@ def test_unknown_target_module_names_the_nearest(model):
     )
     with pytest.raises(UserError) as caught:
         lora.attach(model, Lora(target_modules=["zzz"]), "tiny")
-    assert "did you mean" not in str(caught.value) and "in tiny. It has: q_proj (2x)" in str(
-        caught.value
-    )
+    assert "in tiny. It has: q_proj (2x)" in str(caught.value)
 
 
 def test_all_linear_takes_every_layer_but_the_head(model):

@@ -72,7 +72,7 @@ def test_pickled_weights_are_refused(copy):
 def trap(copy):
     """Code in the model's folder that leaves a trace when it runs."""
     trace = copy / "HACKED"
-    code = f"open({str(trace)!r}, 'w')\nraise RuntimeError('ran')\n"
+    code = f"from pathlib import Path\nPath({str(trace)!r}).touch()\nraise RuntimeError('ran')\n"
     (copy / "modeling_trap.py").write_text(code)
     classes = {
         "AutoConfig": "modeling_trap.TrapConfig",

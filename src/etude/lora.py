@@ -1,5 +1,6 @@
 """Attach, count, save, load and merge LoRA adapters, on PEFT."""
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,11 @@ def attach(model: Any, settings: Lora, base_name: str) -> Any:
     linear = linear_names(model)
     unknown = [] if everything else [name for name in settings.target_modules if name not in linear]
     if unknown:
-        guesses = {name: nearest(name, linear) for name in unknown}
-        hint = ", ".join(f"did you mean {guess}?" for guess in guesses.values() if guess)
+        guesses = [guess for name in unknown if (guess := nearest(name, linear))]
+        hint = f"; did you mean {', '.join(guesses)}?" if guesses else "."
         raise UserError(
             f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in "
-            f"{base_name}; {hint} "
+            f"{base_name}{hint} "
             f"It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or "
             "[all-linear]"
         )
@@ -98,9 +99,20 @@ def load(model: Any, folder: Path) -> Any:
     from safetensors import SafetensorError
 
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = "; ".join(str(error).strip().splitlines()[:3])
+        with warnings.catch_warnings():
+            # PEFT goes on with a fresh adapter where weights find no place: it would change nothing.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+        UserWarning,
+    ) as error:
+        reason = f"{'; '.join(str(error).strip().splitlines()[:3]):.300}"
         raise UserError(f"{folder}: the adapter does not load on this base: {reason}") from None
     tuned.eval()
     return tuned
