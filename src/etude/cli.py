@@ -1,6 +1,5 @@
 """`etude train | evaluate | chat | ...`: the programs under one name."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +60,8 @@ def validate(
 @app.command("version")
 def show_version() -> None:
     """Print Etude's version."""
+    from importlib.metadata import version
+
     typer.echo(f"etude {version('etude')}")
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -607,7 +606,7 @@ def preset_path(name: str) -> Path:
     """
     if name.endswith((".yml", ".yaml")):
         return Path(name)
-    folder = Path(str(resources.files("etude") / "presets"))
+    folder = Path(__file__).parent / "presets"
     known = sorted(path.stem for path in folder.glob("*.yml"))
     if name not in known:
         guess = nearest(name, known)

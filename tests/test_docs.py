@@ -1,0 +1,429 @@
+"""README and PROJECT_FLOW are held to the truth: what they name exists, what they quote is said."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from etude import chat, cli, config, evaluation, train_with_config
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "etude"
+NAMES = ["README.md", "PROJECT_FLOW.md"]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+CODE = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
+MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluation.evaluate,
+           "chat": chat.chat}  # fmt: skip
+
+# What a document may name although it is in no checkout: what a run holds, and a reader's files.
+RUN_FILES = {
+    "adapter_model.safetensors", "adapter_config.json", "manifest.json", "metrics.jsonl",
+    "loss.png", "checkpoints/", "evaluation/", "report.md", "report.json", "predictions.jsonl",
+    "confusion-*.png",
+}  # fmt: skip
+READERS_FILES = {"my.yml", "mine.yml", "reviews.csv", "./merged", ".venv/bin/activate"}
+SUFFIXES = ("py", "yml", "yaml", "md", "json", "jsonl", "csv", "parquet", "png", "safetensors",
+            "toml", "lock", "sh", "jinja")  # fmt: skip
+DIAGRAMS = ("flowchart ", "sequenceDiagram", "stateDiagram-v2", "classDiagram", "graph ")
+
+
+def blocks(text, language):
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def prose(text):
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def spans(text):
+    """What stands in backticks outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def commands(text):
+    """Every command line of Etude, in bash blocks and in backticks, as words."""
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()] + spans(text)
+    for line in lines:
+        line = line.rpartition(" | ")[2]
+        if re.match(r"etude [a-z]|python -m etude", line):
+            yield shlex.split(line, comments=True)
+
+
+def options(command):
+    """The option names of a click command, and whether each takes a value."""
+    return {
+        name: not option.is_flag
+        for option in command.params
+        if option.param_type_name == "option"
+        for name in [*option.opts, *option.secondary_opts]
+    }
+
+
+SUBCOMMANDS = typer.main.get_command(cli.app).commands
+
+
+def module_command(name):
+    app = typer.Typer()
+    app.command()(MODULES[name])
+    return typer.main.get_command(app)
+
+
+def table(text, head):
+    """The rows of the tables whose head is `head`, cells split, one list a table."""
+    found = []
+    for body in re.findall(rf"^{re.escape(head)}\n\| ?-.*\n((?:\|.*\n)+)", text, re.M):
+        found.append(
+            [[c.strip() for c in line.strip("|").split(" | ")] for line in body.splitlines()]
+        )
+    return found
+
+
+def overrides(text):
+    """Every section.key in backticks, with its value if one is given (`a.b=c`, `a.b: c`)."""
+    sections = "|".join(config.Config.model_fields)
+    for span in spans(text):
+        match = re.fullmatch(rf"'?((?:{sections})\.(\w+))(?:(?:=|: )(.*?))?'?", span)
+        if match and match[2] not in SUFFIXES:
+            yield match[1], match[3]
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def check_command(words):
+    """A command line runs a program that exists, with options, presets and settings that exist."""
+    if words[0] == "python":
+        module = words[2].removeprefix("etude.")
+        assert module in CODE, words
+        if module == "main":
+            assert words[3:] == []
+            return
+        command, rest = module_command(module), words[3:]
+    else:
+        assert words[1] in SUBCOMMANDS, words
+        command, rest = SUBCOMMANDS[words[1]], words[2:]
+    known = options(command) | {"--help": False}
+    presets, settings, skip = [], [], False
+    for at, word in enumerate(rest):
+        if skip:
+            skip = False
+            continue
+        if word.startswith("--"):
+            assert word in known, f"{word} in {' '.join(words)}"
+            skip = known[word] and at + 1 < len(rest)
+            if word == "--preset":
+                presets.append(rest[at + 1])
+        elif "=" in word:
+            settings.append(word)
+    config.load(None, presets, settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_exist_with_their_options_presets_and_settings(name):
+    found = list(commands(TEXTS[name]))
+    assert len(found) >= 4
+    for words in found:
+        check_command(words)
+
+
+def test_readme_shows_every_program():
+    lines = commands(TEXTS["README.md"])
+    shown = {tuple(words[::2][:2] if words[0] == "python" else words[:2]) for words in lines}
+    assert {("etude", name) for name in SUBCOMMANDS} - {("etude", "version")} <= shown
+    assert {("python", f"etude.{name}") for name in [*MODULES, "main"]} <= shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_by_themselves_exist(name):
+    known = {option for command in SUBCOMMANDS.values() for option in options(command)}
+    found = [span.split()[0] for span in spans(TEXTS[name]) if span.startswith("--")]
+    assert found
+    assert set(found) <= known
+
+
+def test_presets_exist_and_all_are_named():
+    there = {path.stem for path in (SOURCE / "presets").glob("*.yml")}
+    assert len(there) >= 4
+    assert there <= set(spans(TEXTS["README.md"]))
+    named = re.findall(r"--preset (\w+)", TEXTS["README.md"])
+    assert named
+    assert set(named) <= there
+
+
+@pytest.mark.parametrize("line", ["etude tune", "etude train --fast", "python -m etude.tune",
+                                  "etude train --preset no", "etude train lora.rank=1"])  # fmt: skip
+def test_a_wrong_command_is_seen(line):
+    with pytest.raises((AssertionError, config.UserError)):
+        check_command(shlex.split(line))
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"train", "test"} <= targets
+    text = TEXTS["README.md"]
+    lines = "\n".join(blocks(text, "bash")).splitlines() + spans(text)
+    named = {m[1] for line in lines if (m := re.match(r"make ([a-z]+)", line))}
+    assert {"train", "test", "install"} <= named <= targets
+
+
+# --- keys and values -------------------------------------------------------------------------
+
+
+def test_keys_exist_and_take_the_values_shown():
+    found = list(overrides(TEXTS["README.md"]))
+    assert len(found) > 40
+    assert any(value for _, value in found)
+    for key, value in found + list(overrides(TEXTS["PROJECT_FLOW.md"])):
+        assert key in set(config.key_paths())
+        if value:
+            config.load(None, overrides=[f"{key}={value}"])
+    for block in blocks(TEXTS["README.md"], "yaml"):
+        config.check(config.parse_yaml(block, "README.md").values, {})
+
+
+def of_key(cell):
+    (key,) = re.findall(r"^`([\w.]+)`$", cell)
+    return key
+
+
+def meant(key, text):
+    """The value that a text means for a key, read as the command line reads it."""
+    return config.value(config.load(None, overrides=[f"{key}={text}"]), key)
+
+
+def test_the_keys_table_quotes_the_schemas_defaults():
+    (rows,) = table(TEXTS["README.md"], "| key | default | impact |")
+    assert len(rows) >= 14
+    for cell, default, _ in rows:
+        key = of_key(cell)
+        assert meant(key, default.strip("`")) == config.value(config.Config(), key), key
+
+
+def test_the_machine_tables_say_what_the_presets_set():
+    tables = table(TEXTS["README.md"], "| key | value | why |")
+    assert len(tables) == 2
+    for preset, rows in zip(("cpu", "gpu"), tables, strict=True):
+        settings = config.load(None, [preset])
+        assert len(rows) == 4
+        for cell, value, reason in rows:
+            key, shown = of_key(cell), re.findall(r"`([^`]+)`", value)
+            values = [meant(key, text) for text in shown]
+            assert min(values) <= config.value(settings, key) <= max(values), key
+            assert reason
+
+
+def test_config_yml_is_what_the_schema_writes():
+    written = (ROOT / "config.yml").read_text(encoding="utf-8")
+    assert written == config.to_yaml(config.Config())
+    assert written.count("\n") > 50
+
+
+def test_the_share_of_trained_parameters_is_right():
+    # Qwen2-1.5B: 28 layers, hidden 1536, keys and values 256 wide, 1,543,714,304 parameters.
+    lora = config.Config().lora
+    assert lora.target_modules == ["q_proj", "v_proj"]
+    trained = 28 * lora.r * ((1536 + 1536) + (1536 + 256))
+    total = 1_543_714_304 + trained
+    sentence = (
+        f"With r={lora.r} on q_proj and v_proj, {trained:,} of {total:,} parameters of Qwen2-1.5B "
+        f"train: {trained / total:.2%}".replace("%", " %")
+    )
+    assert sentence in TEXTS["README.md"]
+
+
+def test_every_data_format_has_an_example_that_is_read(tmp_path):
+    from etude import data
+
+    (rows,) = table(TEXTS["README.md"], "| format | one row |")
+    assert {of_key(cell) for cell, _ in rows} == set(data.FORMATS)
+    for cell, row in rows:
+        file = tmp_path / f"{of_key(cell)}.jsonl"
+        # A second label, for a classification needs two.
+        other = row.strip("`").replace("positive", "negative")
+        file.write_text(f"{row.strip('`')}\n{other}\n", encoding="utf-8")
+        assert data.read(str(file), config.Dataset()).format == of_key(cell)
+
+
+# --- files and functions ---------------------------------------------------------------------
+
+
+def exists(name):
+    """Whether a name is a file or folder here, in src/etude or its presets, or in a run."""
+    if name in READERS_FILES or name.startswith("runs/"):
+        return True
+    if name in RUN_FILES:
+        # These are held to the code: one of its files names them.
+        return any(name.rstrip("/").partition("*")[0] in text for text in CODE.values())
+    return any((folder / name).exists() for folder in (ROOT, SOURCE, SOURCE / "presets"))
+
+
+def file_names(text):
+    """Words in backticks that look like a file or a folder of ours."""
+    for span in spans(text):
+        for word in span.split():
+            word = word.strip("'\"(),;").partition("=")[2] or word.strip("'\"(),;")
+            hub_or_home = re.fullmatch(r"(Qwen|owner)/.*|~.*|/\w+|\.\w+|https?:.*|p/d", word)
+            looks = "/" in word or re.search(rf"\w\.({'|'.join(SUFFIXES)})$", word)
+            if looks and not hub_or_home and not re.search(r"[<>{}|]", word):
+                yield word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_named_exist(name):
+    found = set(file_names(TEXTS[name]))
+    assert len(found) > 10
+    assert [word for word in found if not exists(word)] == []
+    assert not exists("src/etude/tune.py") and not exists("tune.yml")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md"])
+def test_relative_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    assert links or name == "CONTRIBUTING.md"
+    for link in links:
+        if not link.startswith(("http:", "https:")):
+            assert (ROOT / link.partition("#")[0]).exists(), link
+
+
+def defined(module):
+    """Top-level names of a module, and Class.method of its classes."""
+    names = set()
+    for node in ast.parse(CODE[module]).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+    return names
+
+
+FUNCTIONS = {f"{module}.{name}" for module in CODE for name in defined(module)}
+METHODS = {name for module in CODE for name in defined(module)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_named_exist(name):
+    text = TEXTS[name]
+    code = spans(text) + blocks(text, "mermaid")
+    called = {m for part in code for m in re.findall(r"([A-Za-z_][\w.]*)\(\)", part)}
+    classes = {m for part in code for m in re.findall(r"\b([a-z_]+\.[A-Z]\w+)\b", part)}
+    called = {name.removeprefix("etude.") for name in called}
+    assert len(called) >= (30 if name == "PROJECT_FLOW.md" else 0)
+    unknown = {name for name in called | classes if name not in FUNCTIONS | METHODS}
+    assert unknown - {"transformers.Trainer"} == set()
+
+
+def test_project_flow_lists_every_file_of_ours():
+    tree = re.findall(
+        r"^  (\w+\.py) +(\S.*)$", "\n".join(blocks(TEXTS["PROJECT_FLOW.md"], "")), re.M
+    )
+    assert len(tree) > 15
+    assert {name for name, _ in tree} == {f"{stem}.py" for stem in CODE}
+    # The tree stands in the order of the layers, so that it reads from the ground up.
+    order = layers(TEXTS["PROJECT_FLOW.md"])
+    assert [name for name, _ in tree if name != "__init__.py"] == sorted(
+        (name for name, _ in tree if name != "__init__.py"),
+        key=lambda name: next(n for n, names in enumerate(order) if name in names),
+    )
+
+
+def layers(text):
+    """The files of each layer, lowest first."""
+    (rows,) = table(text, "| layer | files in `src/etude/` |")
+    assert [number for number, _ in rows] == [str(n) for n in range(len(rows))]
+    return [re.findall(r"`([\w.]+)`", files) for _, files in rows]
+
+
+def test_both_layer_tables_are_one_and_hold_every_file():
+    mine = layers(TEXTS["PROJECT_FLOW.md"])
+    assert mine == layers((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    files = [name for names in mine for name in names]
+    assert len(files) == len(set(files)) > 15
+    assert set(files) == {f"{stem}.py" for stem in CODE} - {"__init__.py"}
+
+
+# --- quotations and pictures -----------------------------------------------------------------
+
+
+def said():
+    """Every text that the code holds, literal parts joined where they stand in one string."""
+    texts = [(ROOT / "Makefile").read_text()]
+    for code in CODE.values():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def unsaid(quotation, texts):
+    """The parts of a quotation, between numbers and dots, that the code says nowhere."""
+    parts = re.split(
+        r"\d[\d,]*(?!\.\d)|\bnan\b|smollm2-135m| \.\.\. ?", " ".join(quotation.split())
+    )
+    return [part for part in parts if part.strip() and part.strip() not in texts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quoted_messages_are_what_the_code_says(name):
+    texts = said()
+    text = prose(TEXTS[name])
+    if name == "README.md":
+        text = text[text.index("| symptom | cause | solution |") :]
+    quotations = re.findall(r'"([^"]{8,})"', re.sub(r"`[^`\n]*`", "", text))
+    assert len(quotations) >= 8
+    assert {q: unsaid(q, texts) for q in quotations if unsaid(q, texts)} == {}
+    assert unsaid("the loss is nan, so all went well", texts)
+
+
+def unbalanced(text):
+    """Brackets that do not pair up, outside of quoted labels; and quotes that do not close."""
+    if text.count('"') % 2:
+        return ["quote"]
+    pairs, stack = {")": "(", "]": "[", "}": "{"}, []
+    for sign in re.sub(r'"[^"]*"', "", text):
+        if sign in pairs.values():
+            stack.append(sign)
+        elif sign in pairs and (not stack or stack.pop() != pairs[sign]):
+            return [sign]
+    return stack
+
+
+def test_mermaid_diagrams_are_well_formed():
+    found = blocks(TEXTS["PROJECT_FLOW.md"], "mermaid")
+    assert len(found) >= 3
+    node = r'\w+(?:\(\["[^"]+"\]\)|\["[^"]+"\])?'  # name, name["box"] or name(["rounded box"])
+    for block in found:
+        assert block.startswith(DIAGRAMS)
+        lines = block.splitlines()[1:]
+        assert 5 <= len(lines) <= 20
+        for line in lines:
+            assert unbalanced(line) == [], line
+            assert re.fullmatch(rf"    {node} --> {node}", line), line
+        # Every box has a text of its own: an arrow to a bare name that is nowhere spelled out
+        # would be drawn as that name.
+        nodes = set(re.findall(r"(?:^    |--> )(\w+)", block, re.M))
+        assert nodes == set(re.findall(r"(?:^    |--> )(\w+)(?=[(\[])", block, re.M))
+    assert unbalanced('a["x" --> b') and unbalanced("a(]") and not unbalanced('a["f("] --> b')
+
+
+def test_readme_has_its_measured_table():
+    text = TEXTS["README.md"]
+    assert text.startswith("# Etude\n")
+    assert (
+        text.count("\n<!-- measured:quickstart -->\n") == text.count("\n<!-- /measured -->\n") == 1
+    )
+    part = text.partition("<!-- measured:quickstart -->")[2].partition("<!-- /measured -->")[0]
+    (rows,) = table(part, "| | base | tuned |")
+    names = [row[0].strip("| ").partition(" [")[0] for row in rows]
+    assert names == ["accuracy", "macro F1"]
+    assert all(cell.strip() for row in rows for cell in row)
+    first = text.split("\n\n")[1].replace("\n", " ").split(":")[0]
+    assert "Qwen2-1.5B fine-tuning with LoRA from one YAML file" in first
