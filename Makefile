@@ -45,6 +45,7 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 	fi
 	@echo
 	@echo "Next:"
+	@echo "  $(BIN)/etude evaluate $(RUN) --text \"What a wonderful day\""
 	@echo "  $(BIN)/etude chat $(RUN)"
 	@echo "  $(BIN)/etude chat $(RUN) --prompt \"...\""
 	@echo "  $(BIN)/etude train config.yml --preset quickstart output.dir=runs/mine lora.r=16"

@@ -139,7 +139,7 @@ def test_columns_are_mapped_by_name(write):
     table = data.read(source, Dataset(columns={"text": "review", "label": "stars"}))
     assert [(row.text, row.label) for row in table.rows] == [("Fine", "5"), ("Bad", "1")]
     assert "did you mean label?" in refusal(source, columns={"text": "review", "lable": "stars"})
-    assert "stars.csv:2: no 'grade'" in refusal(
+    assert "stars.csv: no row has a column grade (for label); its columns are review" in refusal(
         source, format="classification", columns={"label": "grade"}
     )
 

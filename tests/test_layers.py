@@ -14,12 +14,13 @@ LAYERS = [
     ["__init__", "errors"],
     ["config"],
     ["device", "conversation"],
-    ["models", "lora", "data", "dialogue"],
+    ["models", "lora", "data"],
     ["batching", "generation", "quality", "metrics"],
-    ["runs", "report", "checkpoints", "terminal"],
+    ["runs", "dialogue", "report", "checkpoints", "terminal"],
     ["trainer"],
     ["main", "train_with_config", "evaluation", "chat"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {

@@ -198,7 +198,7 @@ def test_validate_reads_the_data_without_a_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     result = etude("validate", "config.yml")
     assert result.exit_code == 0, result.output
-    assert "3,200 rows, format classification, labels negative, neutral, positive" in result.output
+    assert "2,880 rows, format classification, labels negative, neutral, positive" in result.output
     result = etude("validate", "config.yml", "dataset.columns={text: rating}", "lora.rr=4")
     assert result.exit_code == 2
     assert "lora.r" in result.output

@@ -237,6 +237,10 @@ def interactive(talk: Talk) -> None:
     target = talk.target
     name = f"{target.adapter} on {target.base.name}" if target.adapter else target.base.name
     say(f"{name}, {target.base.device.name}. /help lists the commands, Ctrl-D leaves.")
+    if target.config.dataset.labels:
+        say(
+            f"This run classifies: etude evaluate {target.adapter} --text TEXT asks as in training."
+        )
     if talk.compare:
         say("Each question goes to base and tuned; the conversation goes on with tuned's answers.")
     session = prompt_session()

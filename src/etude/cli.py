@@ -41,13 +41,12 @@ def init(
 @app.command()
 @terminal.command
 def validate(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...")
-    ] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="as for train")] = None,
+    arguments: train_with_config.Arguments = None,
+    config: train_with_config.ConfigFile = None,
+    preset: train_with_config.Presets = None,
 ) -> None:
     """Check the configuration and read the data, without loading a model."""
-    settings = train_with_config.load_config(arguments or [], None, preset or [])
+    settings = train_with_config.load_config(arguments or [], config, preset or [])
     tables = train_with_config.read_tables(settings)
     for split, table in tables.items():
         labels = f", labels {', '.join(table.labels)}" if table.labels else ""

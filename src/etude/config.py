@@ -77,11 +77,10 @@ class Dataset(Section):
         ),
     )
     validation: str | None = Field(
-        "data/tweets_sentiment.validation.jsonl",
-        description="the same for validation; null cuts validation_split from train",
+        None, description="the same for validation; null cuts validation_split from train"
     )
     test: str | None = Field(
-        "data/tweets_sentiment.test.jsonl", description="held out; only `etude evaluate` reads it"
+        None, description="the same, held out: only `etude evaluate` measures on it"
     )
     validation_split: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of train used for validation, by seed, when validation is null"
@@ -126,7 +125,7 @@ class Training(Section):
         2e-4, description="peak; 1e-4 to 5e-4 is usual for LoRA"
     )
     batch_size: Positive = Field(
-        1, description="examples held in memory at once: 1 on a CPU, 4-8 on a GPU"
+        1, description="full-length examples that fit in memory at once: 1 on a CPU, 4-8 on a GPU"
     )
     gradient_accumulation_steps: Positive = Field(
         8, description="a step learns from batch_size x this many examples"
@@ -385,6 +384,16 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
         )
 
 
+KINDS = {
+    "bool_type": "is neither true nor false",
+    "int_type": "is not a whole number",
+    "float_type": "is not a number",
+    "string_type": "is not text",
+    "list_type": "is not a list; write [a, b]",
+    "dict_type": "is not a mapping; write {a: b}",
+}
+
+
 def _explain(loc: Path_, kind: str, message: str, value: object) -> str:
     """One sentence for one pydantic fault."""
     if kind == "extra_forbidden":
@@ -393,16 +402,14 @@ def _explain(loc: Path_, kind: str, message: str, value: object) -> str:
         # The same key in another section is a likelier slip than a look-alike beside it.
         same = [key for key in known if key.split(".")[-1] == loc[-1]]
         sections = list(Config.model_fields)
-        guess = same[0] if same else nearest(dotted, known + sections)
+        guess = " or ".join(same) or nearest(dotted, known + sections)
         beside = known if len(loc) == 1 else [key for key in known if key.startswith(f"{loc[0]}.")]
         names = sections if len(loc) == 1 else [key.split(".")[1] for key in beside]
         return "unknown key; " + (
             f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}"
         )
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    text = f"{shown} {message.replace('Input should', 'should')}"
-    if kind == "bool_type":
-        text += " (write true or false)"
+    text = f"{shown} {KINDS.get(kind) or message.replace('Input should', 'should')}"
     if kind == "float_type" or kind == "int_type":
         text += " (write it without quotes)" if isinstance(value, str) and _number(value) else ""
     if kind == "literal_error" and isinstance(value, str):
@@ -598,6 +605,14 @@ def parse_override(text: str) -> Layer:
     )
 
 
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with Etude."""
+    return sorted(path.stem for path in PRESETS.glob("*.yml"))
+
+
 def preset_path(name: str) -> Path:
     """The file of a preset: one that ships with Etude, by name, or any .yml file by path.
 
@@ -606,8 +621,7 @@ def preset_path(name: str) -> Path:
     """
     if name.endswith((".yml", ".yaml")):
         return Path(name)
-    folder = Path(__file__).parent / "presets"
-    known = sorted(path.stem for path in folder.glob("*.yml"))
+    known = preset_names()
     if name not in known:
         guess = nearest(name, known)
         raise UserError(
@@ -615,7 +629,7 @@ def preset_path(name: str) -> Path:
             + (f"did you mean {guess}? " if guess else "")
             + f"There are: {', '.join(known)}; or give the path of a .yml file"
         )
-    return folder / f"{name}.yml"
+    return PRESETS / f"{name}.yml"
 
 
 # --- writing ---------------------------------------------------------------------------------

@@ -133,6 +133,13 @@ def read(source: str, settings: Dataset) -> Table:
             f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has "
             f"{', '.join(known)}" + (f"; did you mean {guess}?" if guess else "")
         )
+    absent = [name for name in needed if not any(columns.get(name, name) in v for _, v in raw)]
+    if absent:
+        names = ", ".join(f"{columns.get(name, name)} (for {name})" for name in absent)
+        raise UserError(
+            f"{source}: no row has a column {names}; its columns are {', '.join(map(str, raw[0][1]))}. "
+            f"The format is {form}: see dataset.format, and map your names with dataset.columns"
+        )
     rows: list[Row] = []
     faults: list[str] = []
     for line, values in raw:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from etude import batching, data, generation, metrics, quality, report, runs, terminal
+from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
 from etude.config import Config
 from etude.conversation import Example, Message, Renderer
 from etude.errors import UserError
@@ -17,12 +17,12 @@ from etude.errors import UserError
 @terminal.command
 def evaluate(
     arguments: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="RUN [KEY=VALUE]...",
+            metavar="RUN [KEY=VALUE]",
             help="a run folder or a model name, then settings: evaluation.method=generate",
         ),
-    ],
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="measure the base beside the run")] = False,
     data_file: Annotated[
         str | None, typer.Option("--data", help="the set to measure; else dataset.test")
@@ -33,44 +33,47 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model: labels or responses against a data set, or the response to one text."""
-    name, overrides = terminal.split_arguments(arguments)
+    name, overrides = terminal.split_arguments(arguments or [])
     if name is None:
         raise UserError(
             "command line: which run or model? For example: etude evaluate runs/quickstart"
         )
-    if text is not None and not text.strip():
-        raise UserError("--text is empty; give the text to be answered")
     # Config and data first: their faults show before a model is loaded.
     settings = runs.open_config(name, overrides)
-    table = None if text is not None else read_table(settings, data_file)
-    folder = report_folder(name, out) if table else None
-    terminal.quiet_transformers()
-    target = runs.open_target(name, overrides)
-    if base and target.adapter is None:
-        raise UserError(
-            f"--base compares a run with its base, and {name} is no run; leave --base out"
-        )
-    terminal.err.print(f"device    {target.base.device.why}")
-
+    if base and not lora.is_adapter(Path(name)):
+        raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
-        single(target.tuned(), target, text)
+        if not text.strip() or data_file or out:
+            raise UserError("--text takes one text that is not empty, and neither --data nor --out")
+        for title, model, target in models(name, overrides, base):
+            single(model, target, text, title)
         return
-    assert table is not None
-    assert folder is not None
-    measured: dict[str, dict[str, Any]] = {}
+    table = read_table(settings, data_file)
+    folder = report_folder(name, out)
     if any(row.quality for row in table.rows):
-        measured["heuristics"] = measure_judgement(table, target.config)
+        measured = {"heuristics": measure_judgement(table, settings)}
     else:
-        if base:
-            measured["base"] = measure(target.base.model, target, table, "base")
-        tuned = "tuned" if target.adapter else "model"
-        measured[tuned] = measure(target.tuned(), target, table, tuned)
-
-    result = assemble(name, target.config, table, measured)
+        measured = {
+            title: measure(model, target, table, title)
+            for title, model, target in models(name, overrides, base)
+        }
+    result = assemble(name, settings, table, measured)
     report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         terminal.out.print(block)
     terminal.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
+
+
+def models(
+    name: str, overrides: list[str], with_base: bool
+) -> Iterator[tuple[str, Any, runs.Target]]:
+    """The models to measure, one after the other in the same memory: base, then tuned."""
+    terminal.quiet_transformers()
+    target = runs.open_target(name, overrides)
+    terminal.err.print(f"device    {target.base.device.why}")
+    if with_base:
+        yield "base", target.base.model, target
+    yield ("tuned" if target.adapter else "model"), target.tuned(), target
 
 
 def read_table(settings: Config, data_file: str | None) -> data.Table:
@@ -329,9 +332,10 @@ def sequence_losses(
 # --- one text --------------------------------------------------------------------------------
 
 
-def single(model: Any, target: runs.Target, text: str) -> None:
-    """Answer one text and print the response, its quality and its perplexity; for a classifier, the labels."""
+def single(model: Any, target: runs.Target, text: str, title: str) -> None:
+    """Answer one text; print the response, its quality and perplexity, or the labels."""
     settings, renderer = target.config, target.renderer
+    terminal.say(title, target.base.name)
     labels = settings.dataset.labels
     prompt: list[Message] = [{"role": "user", "content": text}]
     if labels:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from etude.data import Report, Row
+from etude.models import SAMPLE
 
 
 def data_table(reports: Sequence[Report]) -> Table:
@@ -68,6 +69,9 @@ def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:
     """README.md of a run folder: what the adapter is, how it was trained, how to load it."""
     results, train = manifest["results"], manifest["data"]["train"]
     loss = f"{results['eval_loss']:.4f}" if results.get("eval_loss") is not None else "not measured"
+    converted = config.model.name == SAMPLE or config.model.name.endswith(".gguf")
+    source = f'locate("{config.model.name}")' if converted else f'"{config.model.name}"'
+    folder_import = "from etude.models import locate\n" if converted else ""
     return f"""---
 base_model: {config.model.name}
 library_name: peft
@@ -87,16 +91,18 @@ A LoRA adapter for `{config.model.name}` ({manifest["base"]["identity"]}), train
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats a token |
 
-`etude chat {config.output.dir}` talks to it; `etude evaluate {config.output.dir} --base` measures it.
-With PEFT alone:
+`etude chat {config.output.dir}` talks to it; `etude evaluate {config.output.dir} --base` measures it;
+`etude train {config.output.dir}/config.yml output.dir=runs/again` trains it again. With PEFT alone:
 
 ```python
 from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "{config.output.dir}")  # base: a loaded {config.model.name}
+from transformers import AutoModelForCausalLM
+{folder_import}
+base = AutoModelForCausalLM.from_pretrained({source})
+model = PeftModel.from_pretrained(base, "{config.output.dir}")
 ```
 
-`manifest.json` tells versions, seeds, data fingerprints and the chat format; `config.yml` trains it again.
+`manifest.json` tells versions, seeds, data fingerprints and the chat format.
 """
 
 

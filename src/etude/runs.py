@@ -62,7 +62,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
     elif (folder / CONFIG).is_file():
         raise UserError(
             f"{name}: this run has no adapter yet; its training did not end. "
-            f"Go on with: etude train {folder / CONFIG} --resume"
+            f"Go on with: etude train {folder / CONFIG} --resume output.dir={folder}"
         )
     elif name.startswith("runs/") and not folder.is_dir():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))

@@ -18,21 +18,28 @@ from etude.errors import UserError
 log = logging.getLogger(__name__)
 
 
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]",
+        help="config file (./config.yml), then settings: lora.r=16",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="config file, as an option")]
+Presets = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{', '.join(configuration.preset_names())}, or a .yml file"),
+]
+
+
 @terminal.command
 def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG] [KEY=VALUE]...",
-            help="config file (./config.yml), then settings: lora.r=16",
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="config file, as an option")] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(help="quickstart, cpu, gpu, ... or a .yml file")
-    ] = None,
+    arguments: Arguments = None,
+    config: ConfigFile = None,
+    preset: Presets = None,
     resume: Annotated[
-        bool, typer.Option(help="go on with an unfinished run in output.dir, if there is one")
+        bool, typer.Option("--resume", help="go on with the unfinished run in output.dir, if any")
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
