@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from etude import data
+from etude import data, sources
 from etude.config import Dataset
 from etude.conversation import Example, Renderer
 from etude.errors import UserError
@@ -99,7 +99,7 @@ def test_every_format_from_every_file_gives_the_same_messages(write, shape, kind
     assert [data.conversation(row, table.labels, Dataset()) for row in table.rows] == [messages] * 2
 
 
-@pytest.mark.parametrize("kind", data.SUFFIXES)
+@pytest.mark.parametrize("kind", sources.SUFFIXES)
 def test_classification_and_text_from_every_file(write, kind):
     rows = [{"text": ASKED, "label": "bad"}, {"text": "ok {label} {text}", "label": "good"}]
     options = Dataset(instruction="{text}! One of {labels}?", labels=["good", "bad"])
@@ -281,7 +281,7 @@ def test_missing_file_names_the_nearest(write):
             )
         ).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
     ),
-    kind=st.sampled_from(data.SUFFIXES),
+    kind=st.sampled_from(sources.SUFFIXES),
 )
 def test_any_bytes_are_read_or_refused_in_words(write, content, kind):
     source = write(f"any{kind}", content)

@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "etude"
 
 LAYERS = [
     ["__init__", "errors"],
+    ["strict_yaml", "sources"],
     ["config"],
     ["device", "conversation"],
     ["models", "lora", "data"],

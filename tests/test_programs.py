@@ -225,7 +225,17 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(arguments, words, monkeypa
 
 
 def test_help_comes_without_the_heavy_libraries():
-    heavy = "torch transformers peft datasets sklearn scipy numpy matplotlib prompt_toolkit".split()
+    heavy = [
+        "torch",
+        "transformers",
+        "peft",
+        "datasets",
+        "sklearn",
+        "scipy",
+        "numpy",
+        "matplotlib",
+        "prompt_toolkit",
+    ]
     code = (
         "import sys, etude.cli\n"
         f"print([name for name in {heavy} if name in sys.modules])\n"

@@ -1,22 +1,16 @@
 """Files in, examples out, and a report in which every row's fate is told by line number."""
 
-import csv
-import hashlib
-import io
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from etude import sources
 from etude.config import Dataset
 from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError, nearest
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # What each format is recognised by, the most telling first: the columns that a row must have.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -35,7 +29,7 @@ SHAREGPT_ROLES = {
     "user": "user",
     "assistant": "assistant",
 }
-FAULTS_SHOWN = 10
+LINES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -114,13 +108,7 @@ def read(source: str, settings: Dataset) -> Table:
     Raises:
         UserError: no such source, rows that cannot be read or lack fields (all of them, by line).
     """
-    path = Path(source).expanduser()
-    if path.suffix in SUFFIXES or path.exists():
-        raw, fingerprint = _read_file(path, source)
-    else:
-        raw, fingerprint = _read_hub(source)
-    if not raw:
-        raise UserError(f"{source}: no rows in it; a data set needs at least one row for training")
+    raw, fingerprint = sources.read(source)
     columns = settings.columns
     first = set(raw[0][1]) | {field for field, own in columns.items() if own in raw[0][1]}
     form = _detect(first, settings, source, raw[0])
@@ -154,12 +142,12 @@ def read(source: str, settings: Dataset) -> Table:
             rows.append(_CONVERT[form](line, fields))
         except ValueError as error:
             faults.append(f"{source}:{line}: {error}")
-    _raise_faults(faults, f"the format is {form}; see dataset.format and dataset.columns")
+    sources.raise_faults(faults, f"the format is {form}; see dataset.format and dataset.columns")
     labels = None
     if form == "classification":
         labels = settings.labels or sorted({row.label for row in rows if row.label})
         strange = [row for row in rows if row.label not in labels]
-        _raise_faults(
+        sources.raise_faults(
             [
                 f"{source}:{row.line}: label {row.label!r} is not one of {', '.join(labels)}"
                 for row in strange
@@ -321,172 +309,10 @@ def _detect(
     )
 
 
-def _read_file(path: Path, source: str) -> tuple[list[tuple[int, dict[str, Any]]], str]:
-    if not path.is_file():
-        near = (
-            nearest(path.name, [p.name for p in path.parent.glob("*")])
-            if path.parent.is_dir()
-            else None
-        )
-        raise UserError(
-            f"{source}: no such file (looked in {path.parent.resolve()})"
-            + (
-                f"; did you mean {path.parent / near}?"
-                if near
-                else "; paths are relative to where you run etude"
-            )
-        )
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{source}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
-    if path.suffix == ".parquet":
-        rows = _parquet(path, source)
-    else:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(
-                f"{source}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save the file "
-                "as UTF-8"
-            ) from None
-        rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[path.suffix](text, source)
-    return rows, hashlib.sha256(data).hexdigest()
-
-
-def _jsonl(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
-    rows, faults = [], []
-    # Not splitlines(): U+2028 and the like may stand inside a JSON string.
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                rows.append((line, _object(json.loads(content))))
-            except (ValueError, RecursionError) as error:
-                faults.append(f"{source}:{line}: {_json_fault(error)}")
-    _raise_faults(faults, "each line is one JSON object, {...}")
-    return rows
-
-
-def _json(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(
-            f"{source}:{line}: {_json_fault(error)}; a .json file is one list of objects"
-        ) from None
-    if not isinstance(items, list):
-        raise UserError(
-            f"{source}:1: a .json file is one list of objects, [{{...}}, ...]; one object a line "
-            "is .jsonl"
-        )
-    # json tells no positions, so the objects are walked once more for their lines.
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position, counted, line, lines = text.index("[") + 1, 0, 1, []
-    for _ in items:
-        position = between.match(text, position).end()  # type: ignore[union-attr]
-        line += text.count("\n", counted, position)
-        lines.append(line)
-        counted = position
-        _, position = decoder.raw_decode(text, position)
-    rows, faults = [], []
-    for line, item in zip(lines, items, strict=True):
-        try:
-            rows.append((line, _object(item)))
-        except ValueError as error:
-            faults.append(f"{source}:{line}: {error}")
-    _raise_faults(faults, "every item of the list is an object, {...}")
-    return rows
-
-
-def _csv(text: str, source: str) -> list[tuple[int, dict[str, Any]]]:
-    # Lines end at \n, \r\n or \r; splitlines() would cut fields at U+2028 and form feeds too.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows, faults = [], []
-    names: list[str] = []
-    line = 1
-    try:
-        for values in reader:
-            if not names:
-                names = values
-                doubled = [name for name, times in Counter(names).items() if times > 1]
-                if doubled:
-                    raise UserError(
-                        f"{source}:{line}: the column {doubled[0]!r} stands twice in the header; "
-                        "rename one"
-                    )
-            elif values and len(values) != len(names):
-                faults.append(
-                    f"{source}:{line}: not as many fields as the header has ({', '.join(names)})"
-                )
-            elif values:
-                rows.append((line, dict(zip(names, values, strict=True))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        faults.append(f"{source}:{line}: not valid CSV: {error}")
-    _raise_faults(faults, "quote fields that hold commas or line breaks")
-    return rows
-
-
-def _parquet(path: Path, source: str) -> list[tuple[int, dict[str, Any]]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{source}: not a readable parquet file: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _read_hub(source: str) -> tuple[list[tuple[int, dict[str, Any]]], str]:
-    name, _, split = source.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(
-            f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a Hub data set (owner/name or "
-            "owner/name:split)"
-        )
-    import datasets
-
-    try:
-        table = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # datasets raises what its many readers raise
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source}: this Hub data set cannot be loaded: {text}. "
-            "Offline, give a file instead; else check the name, and the split after a colon"
-        ) from None
-    return list(enumerate((dict(row) for row in table), 1)), str(table._fingerprint)
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object {{...}} is expected, not {type(value).__name__}")
-    return value
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _raise_faults(faults: list[str], advice: str) -> None:
-    if faults:
-        shown = faults[:FAULTS_SHOWN]
-        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        rows = "1 row" if len(faults) == 1 else f"{len(faults)} rows"
-        raise UserError(f"{rows} cannot be used ({advice}):\n  " + "\n  ".join(shown + more))
-
-
 def _lines(lines: Sequence[int]) -> str:
-    shown = ", ".join(map(str, lines[:FAULTS_SHOWN]))
+    shown = ", ".join(map(str, lines[:LINES_SHOWN]))
     return f"line{'s' if len(lines) > 1 else ''} {shown}" + (
-        ", ..." if len(lines) > FAULTS_SHOWN else ""
+        ", ..." if len(lines) > LINES_SHOWN else ""
     )
 
 
