@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from etude.data import Report, Row
@@ -13,7 +14,7 @@ from etude.models import SAMPLE
 
 def data_table(reports: Sequence[Report]) -> Table:
     """What became of the rows of every split."""
-    table = Table("split")
+    table = Table("split", box=box.SIMPLE)
     for name in ("rows", "kept", "truncated", "dropped", "tokens", "supervised", "longest"):
         table.add_column(name, justify="right")
     for r in reports:
@@ -173,7 +174,9 @@ def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     head, rows = summary(result)
     source = result["data"]
     table = Table(
-        *head, title=f"{result['target']} on {source['rows']:,} rows of {source['source']}"
+        *head,
+        box=box.SIMPLE,
+        title=f"{result['target']} on {source['rows']:,} rows of {source['source']}",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -182,7 +185,9 @@ def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     blocks: list[Any] = [table]
     for name, figures in result["models"].items():
         if figures["kind"] == "classification":
-            confusion = Table("true \\ predicted", *figures["columns"], title=f"confusion, {name}")
+            confusion = Table(
+                "true \\ predicted", *figures["columns"], box=box.SIMPLE, title=f"confusion, {name}"
+            )
             for label, counts in zip(figures["labels"], figures["confusion"], strict=True):
                 confusion.add_row(label, *map(str, counts))
             blocks.append(confusion)
