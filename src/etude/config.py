@@ -287,8 +287,14 @@ def check(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
             faults.setdefault(tuple(keys[0].split(".")), message)
     if not faults:
         return config
+    # In the order of the file; `origin` was filled in that order.
+    written = list(origin)
+    places = {loc: _written(loc, origin) for loc in faults}
     lines = [
-        f"{_place(loc, origin)}{'.'.join(map(str, loc))}: {text}" for loc, text in faults.items()
+        f"{origin[place] + ': ' if place else ''}{'.'.join(map(str, loc))}: {faults[loc]}"
+        for loc, place in sorted(
+            places.items(), key=lambda at: written.index(at[1]) if at[1] else -1
+        )
     ]
     raise UserError(
         f"The configuration has {len(lines)} {'fault' if len(lines) == 1 else 'faults'}:\n  "
@@ -429,11 +435,9 @@ def value(config: Config, key: str) -> object:
     return getattr(getattr(config, section), name)
 
 
-def _place(loc: KeyPath, origin: dict[KeyPath, str]) -> str:
-    for length in range(len(loc), 0, -1):
-        if loc[:length] in origin:
-            return origin[loc[:length]] + ": "
-    return ""
+def _written(loc: KeyPath, origin: dict[KeyPath, str]) -> KeyPath | None:
+    """The key path itself or the nearest one around it that was written somewhere."""
+    return next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in origin), None)
 
 
 def _without(values: dict[str, Any], faults: dict[KeyPath, str]) -> dict[str, Any]:
