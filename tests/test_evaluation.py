@@ -263,7 +263,7 @@ def test_raw_text_gets_a_perplexity(tiny_model, files, tmp_path):
         (["lora.r=4"], "which run or model?"),
         (["runs/none"], "no such run"),
         (["a", "b"], "one name is expected"),
-        (["{run}", "--text", " "], "--text is empty"),
+        (["{run}", "--text", " "], "one text that is not empty"),
         (["{run}", "--data", "nothing.jsonl"], "no such file"),
         (["{run}", "dataset.test=null"], "dataset.test is null"),
         (["{tiny}", "--base", "--data", "{files}/tweets.jsonl"], "is no run"),

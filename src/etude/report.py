@@ -228,8 +228,8 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
     return "\n\n".join(part for part in [*parts, said] if part) + "\n"
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---:") -> str:
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
@@ -284,4 +284,4 @@ def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: i
         ]
         for at, row in enumerate(rows[:count])
     ]
-    return "## Responses\n\n" + _markdown_table(["prompt", "reference", *responses], lines)
+    return "## Responses\n\n" + _markdown_table(["prompt", "reference", *responses], lines, "---")

@@ -1,0 +1,439 @@
+"""LoRA training side by side: Etude and its peers on the same rows, in turn, in separate processes.
+
+python benchmarks/train.py --workload tweets --engines etude,trl,transformers,main --steps 8
+
+Every engine gets the same token ids, the same supervised tokens, the same adapter (r=64, alpha 128,
+q_proj and v_proj, no dropout), AdamW, constant learning rate 2e-4, clipping at 1.0, float32, and
+steps of the same examples. Medians over all timed steps of all rounds; the first step of a process
+is told apart, for it pays for warm-up. The peers come from `pip install .[bench]`.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+ENGINES = ("etude", "trl", "transformers", "main")
+WORKLOADS = {
+    "tweets": "data/tweets_sentiment.train.jsonl",
+    "dictionary": "data/devils_dictionary.train.jsonl",
+    "long": "data/devils_dictionary.train.jsonl",  # joined to conversations of 400-500 tokens
+}
+LIBRARIES = ("etude", "torch", "transformers", "peft", "accelerate", "trl")
+LEARNING_RATE = 2e-4
+SEED = 42
+PAD_TO = 512  # what the engine `main` pads every row to
+
+
+# --- the rows --------------------------------------------------------------------------------
+
+
+def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list[int]]]]:
+    """The examples of every step as ids and labels (-100 where not supervised), in a fixed order."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    from etude import data, models
+    from etude.config import Dataset
+    from etude.conversation import Renderer
+
+    renderer = Renderer(AutoTokenizer.from_pretrained(models.locate(models.SAMPLE)))
+    settings = Dataset(train=WORKLOADS[workload], max_length=512)
+    table = data.read(str(ROOT / settings.train), settings)
+    conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
+    random.Random(SEED).shuffle(conversations)
+    if workload == "long":
+        conversations = joined(conversations, renderer)
+    if len(conversations) < rows * steps:
+        raise SystemExit(f"error: {workload} has rows for {len(conversations) // rows} steps")
+    examples = [renderer.render(messages) for messages in conversations[: rows * steps]]
+    plain = [
+        {
+            "ids": e.ids,
+            "labels": [i if s else -100 for i, s in zip(e.ids, e.supervised, strict=True)],
+        }
+        for e in examples
+    ]
+    return [plain[at : at + rows] for at in range(0, len(plain), rows)]
+
+
+def joined(conversations: list[Any], renderer: Any) -> list[Any]:
+    """Conversations of 400 to 500 tokens, made of definitions after one another."""
+    found: list[Any] = []
+    current: list[Any] = []
+    for number, messages in enumerate(conversations * 40):
+        # A system prompt of its own at the start: no two conversations share a beginning.
+        head = [] if current else [{"role": "system", "content": f"Volume {number}."}]
+        longer = [*current, *head, *messages]
+        length = len(renderer.render(longer).ids)
+        if length > 500:
+            current = []
+        elif length >= 400:
+            found.append(longer)
+            current = []
+        else:
+            current = longer
+    return found
+
+
+# --- the engines: each yields (loss, seconds) of every step --------------------------------------
+
+
+def load_model() -> Any:
+    """The sample model in float32 with a fresh adapter, the same for every engine."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from etude import models
+
+    base = AutoModelForCausalLM.from_pretrained(
+        models.locate(models.SAMPLE), dtype=torch.float32, local_files_only=True
+    )
+    torch.manual_seed(SEED)
+    settings = LoraConfig(
+        r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, settings)
+
+
+def arguments(folder: str, **more: Any) -> dict[str, Any]:
+    """What all Trainer-based engines are given."""
+    return {
+        "output_dir": folder,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": SEED,
+        **more,
+    }
+
+
+class Clock:
+    """A Trainer callback that notes when steps end and what their logged loss was."""
+
+    def __new__(cls) -> Any:
+        """Make a TrainerCallback; transformers is imported only in a worker."""
+        from transformers import TrainerCallback
+
+        class Noted(TrainerCallback):
+            def __init__(self) -> None:
+                self.ends: list[float] = []
+                self.losses: list[float] = []
+
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                self.ends.append(time.perf_counter())
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                self.ends.append(time.perf_counter())
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+                if "loss" in logs:
+                    self.losses.append(float(logs["loss"]))
+
+        return Noted()
+
+
+def in_order(trainer_class: Any) -> Any:
+    """The Trainer class with its shuffling off: every engine sees the steps in the same order."""
+
+    class Ordered(trainer_class):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return Ordered
+
+
+def run_etude(steps: list[Any], folder: str) -> Any:
+    """Etude's own Trainer subclass, as `etude train` sets it up."""
+    from etude import batching, config, trainer
+    from etude.conversation import Example
+
+    examples = [
+        Example(row["ids"], [label != -100 for label in row["labels"]]) for s in steps for row in s
+    ]
+    model = load_model()
+    settings = config.load(
+        None,
+        overrides=[
+            f"training.batch_size={len(steps[0])}",
+            "training.gradient_accumulation_steps=1",
+        ],
+    )
+    from transformers import TrainingArguments
+
+    clock = Clock()
+    loop = in_order(trainer.StepTrainer)(
+        settings=settings,
+        packed=batching.why_not_packed(model, 512) is None,
+        model=model,
+        args=TrainingArguments(
+            **arguments(
+                folder, per_device_train_batch_size=len(steps[0]), remove_unused_columns=False
+            )
+        ),
+        train_dataset=examples,
+        callbacks=[clock],
+    )
+    loop.train()
+    return clock
+
+
+def run_trl(steps: list[Any], folder: str) -> Any:
+    """TRL's SFTTrainer on tokenised rows, dynamic padding, its loss over the completion only."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {
+            "input_ids": row["ids"],
+            "completion_mask": [int(label != -100) for label in row["labels"]],
+        }
+        for step in steps
+        for row in step
+    ]
+    clock = Clock()
+    model = load_model()
+    from transformers import AutoTokenizer
+
+    from etude import models
+
+    loop = in_order(SFTTrainer)(
+        model=model,
+        args=SFTConfig(
+            **arguments(
+                folder,
+                per_device_train_batch_size=len(steps[0]),
+                max_length=None,
+                packing=False,
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                bf16=False,
+            )
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(models.locate(models.SAMPLE)),
+        callbacks=[clock],
+    )
+    loop.train()
+    return clock
+
+
+def run_transformers(steps: list[Any], folder: str) -> Any:
+    """A bare loop of transformers and PEFT: padded batches of a step, the model's own loss."""
+    model = load_model()
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    clock = Clock()
+    clock.ends.append(time.perf_counter())
+    for step in steps:
+        width = max(len(row["ids"]) for row in step)
+        loss = model(**padded(step, width)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.losses.append(loss.item())
+        clock.ends.append(time.perf_counter())
+    return clock
+
+
+def run_main(steps: list[Any], folder: str) -> Any:
+    """What main.py does: every row padded to 512, one row at a time, gradients accumulated."""
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    rows = [
+        {name: tensor[0] for name, tensor in padded([row], PAD_TO).items()}
+        for step in steps
+        for row in step
+    ]
+    clock = Clock()
+    loop = in_order(Trainer)(
+        model=load_model(),
+        args=TrainingArguments(
+            **arguments(
+                folder,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=len(steps[0]),
+            )
+        ),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        callbacks=[clock],
+    )
+    loop.train()
+    return clock
+
+
+def padded(rows: list[Any], width: int) -> dict[str, torch.Tensor]:
+    """Rows as right-padded tensors [rows, width]."""
+    full = {"input_ids": ("ids", 2), "labels": ("labels", -100)}
+    batch = {
+        name: torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in rows])
+        for name, (key, fill) in full.items()
+    }
+    lengths = torch.tensor([len(row["ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    return batch
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def machine_speed() -> dict[str, float]:
+    """float32 and int8 matrix products of this machine, in 1e9 operations a second (best of five)."""
+
+    def best(product: Any, size: int) -> float:
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - started)
+        return 2 * size**3 / min(seconds) / 1e9
+
+    size = 2048
+    real = torch.randn(size, size)
+    whole = torch.randint(-127, 127, (size, size), dtype=torch.int8)
+    return {
+        "float32_gflops": best(lambda: real @ real, size),
+        "int8_gops": best(lambda: torch._int_mm(whole, whole), size),
+    }
+
+
+def worker(engine: str, file: str) -> None:
+    """Run one engine over the steps in `file` and print what was measured as one JSON line."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    steps = json.loads(Path(file).read_text())
+    before = machine_speed()
+    with tempfile.TemporaryDirectory() as folder:
+        clock = globals()[f"run_{engine}"](steps, folder)
+    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
+    result = {
+        "engine": engine,
+        "seconds": seconds,
+        "losses": clock.losses[: len(steps)],
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "machine": before,
+    }
+    print("RESULT " + json.dumps(result))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    facts = torch.cpu.get_capabilities()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "libraries": found,
+        "cpu": facts.get("cpu_name"),
+        "cores": torch.get_num_threads(),
+        "amx": bool(facts.get("amx_int8")),
+        "avx512_vnni": bool(facts.get("avx512_vnni")),
+    }
+
+
+def main() -> None:
+    """Run the engines in turn and print the table; the JSON goes to benchmarks/results/."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--workload", choices=WORKLOADS, default="tweets")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8, help="examples a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(*options.worker)
+        return
+    engines = options.engines.split(",")
+    unknown = set(engines) - set(ENGINES)
+    if unknown:
+        raise SystemExit(
+            f"error: no such engine: {', '.join(unknown)}; there are {', '.join(ENGINES)}"
+        )
+    steps = make_steps(options.workload, options.rows, options.steps)
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(steps, file)
+        file.flush()
+        for number in range(options.rounds):
+            for engine in engines:
+                command = [sys.executable, __file__, "--worker", engine, file.name]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, cwd=ROOT, check=False
+                )
+                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+                if done.returncode or not lines:
+                    raise SystemExit(f"error: {engine} failed:\n{done.stderr[-3000:]}")
+                runs[engine].append(json.loads(lines[0].removeprefix("RESULT ")))
+                print(f"round {number + 1}: {engine} done", file=sys.stderr)
+    summary = {engine: summarise(found, options.rows) for engine, found in runs.items()}
+    show(summary)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"train-{options.workload}-{options.rows}rows-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    record = {
+        "options": vars(options),
+        "environment": environment(),
+        "summary": summary,
+        "runs": runs,
+    }
+    (RESULTS / name).write_text(json.dumps(record, indent=1))
+    print(f"\n{RESULTS / name}")
+
+
+def summarise(found: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    """Medians of one engine over all its rounds; the first step of a process stands apart."""
+    return {
+        "rows_per_second": rows / statistics.median(s for run in found for s in run["seconds"][1:]),
+        "first_step_seconds": statistics.median(run["seconds"][0] for run in found),
+        "peak_gb": statistics.median(run["peak_gb"] for run in found),
+        "losses": found[0]["losses"],
+        "float32_gflops": statistics.median(run["machine"]["float32_gflops"] for run in found),
+        "int8_gops": statistics.median(run["machine"]["int8_gops"] for run in found),
+    }
+
+
+def show(summary: dict[str, dict[str, Any]]) -> None:
+    """Print the table; ratios are against TRL where it ran, else against the last engine."""
+    against = summary["trl" if "trl" in summary else list(summary)[-1]]["rows_per_second"]
+    print(
+        f"{'engine':<14}{'rows/s':>8}{'ratio':>8}{'first step':>12}{'peak GB':>9}{'last loss':>11}"
+    )
+    for engine, found in summary.items():
+        print(
+            f"{engine:<14}{found['rows_per_second']:>8.2f}{found['rows_per_second'] / against:>7.2f}x"
+            f"{found['first_step_seconds']:>10.2f} s{found['peak_gb']:>9.2f}{found['losses'][-1]:>11.5f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
