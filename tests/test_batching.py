@@ -234,3 +234,19 @@ def test_packed_losses_of_real_tweets_on_the_real_model(sample):
     # Most of a tweet's tokens are the same instruction, computed once a pass.
     tokens = sum(batch.input_ids.shape[1] for batch in pack(tweets, 512))
     assert tokens < 0.6 * sum(map(len, tweets))
+
+
+def test_a_model_that_ignores_logits_to_keep_is_read_at_the_right_places(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    class Deaf(torch.nn.Module):
+        def forward(self, logits_to_keep, **inputs):
+            return model(**inputs)
+
+    examples = [Example([1, 5, 9, 4], [False, False, True, True]), Example([1, 7], [False, True])]
+    with torch.no_grad():
+        for batch in batching.pad(examples, 2):
+            heard = batching.token_losses(model, batch)
+            assert torch.equal(batching.token_losses(Deaf(), batch), heard)

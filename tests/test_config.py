@@ -252,9 +252,9 @@ CONTRADICTIONS = {
     ),
     "save": (
         ["training.save_steps=25", "training.eval_steps=10"], "training.save_steps",
-        "not a multiple of eval_steps 10; the nearest is 30",
+        "a checkpoint is made at each validation",
     ),
-    "save-alone": (["training.save_steps=25"], "training.save_steps", "set training.eval_steps too"),
+    "save-alone": (["training.save_steps=25"], "training.save_steps", "leave save_steps null and set eval_steps"),
     "patience": (
         ["training.early_stopping_patience=2", "dataset.validation=null", "dataset.validation_split=0"],
         "training.early_stopping_patience",

@@ -472,3 +472,19 @@ def test_check_state_tells_what_changed(sample_tokenizer, qwen_tokenizer):
 def test_state_can_be_kept_as_json(renderer):
     renderer.check_state(json.loads(json.dumps(renderer.state())), "runs/a")
     assert renderer.state()["stop_tokens"][-1] == "<|im_end|>"
+
+
+def test_raw_text_begins_and_ends_as_the_tokenizer_would(sample_tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    plain = Renderer(sample_tokenizer).text("Once upon a time")
+    assert plain.ids[-1] == sample_tokenizer.eos_token_id
+    with_bos = copy.deepcopy(sample_tokenizer)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    example = Renderer(with_bos).text("Once upon a time")
+    assert example.ids == [0, *plain.ids]
+    assert example.supervised == [False, *[True] * len(plain.ids)]

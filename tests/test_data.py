@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -461,7 +462,44 @@ def test_split_is_disjoint_complete_and_stable(table):
 
 def test_no_split_where_nothing_would_be_held(table):
     assert data.split_rows(table, 0.0, seed=1) == (table, None)
-    assert data.split_rows(table, 0.001, seed=1) == (table, None)
+    lonely = dataclasses.replace(table, rows=table.rows[:1])
+    assert data.split_rows(lonely, 0.5, seed=1) == (lonely, None)
+
+
+def test_few_rows_still_get_a_validation_of_one(table):
+    few = dataclasses.replace(table, rows=table.rows[:3])
+    for share in (0.001, 0.99):
+        train, validation = data.split_rows(few, share, seed=1)
+        assert train.rows and validation.rows
+        assert len(train.rows) + len(validation.rows) == 3
+
+
+def test_what_nothing_reads_is_counted(write):
+    turn = {"role": "assistant", "content": "b", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "a"}, turn], "id": n} for n in range(3)]
+    file = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert data.read(file, Dataset()).unused == {"id": 3, "weight of a turn": 3}
+
+
+def test_the_format_is_that_of_all_rows_not_of_the_first(write):
+    file = write(
+        "x.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n{"text": "c", "label": "y"}\n'
+    )
+    with pytest.raises(UserError, match=r"x\.jsonl:1: no 'label'"):
+        data.read(file, Dataset())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"system": "Be brief.", "instruction": "a", "output": "b"},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_in_a_column_of_its_own_is_kept(write, row):
+    table = data.read(write("x.jsonl", json.dumps(row) + "\n"), Dataset())
+    assert [m["content"] for m in table.rows[0].messages] == ["Be brief.", "a", "b"]
+    assert table.rows[0].messages[0]["role"] == "system"
 
 
 def test_sample_draws_by_seed_in_order(table):

@@ -257,6 +257,38 @@ def test_raw_text_gets_a_perplexity(tiny_model, files, tmp_path):
     assert "exact_match" not in found
 
 
+def test_only_rows_with_a_quality_are_held_against_it(tiny_model, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "quality.jsonl").read_text().splitlines()]
+    first = {"prompt": "Define x.", "completion": "No judgement was given of this one."}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
+    result = etude("evaluate", tiny_model, "--data", mixed, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(x) for x in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [(x["line"], x["heuristics"]["predicted"]) for x in lines] == [(2, "good"), (3, "poor")]
+
+
+def test_rows_that_cannot_be_measured_are_named_before_anything_is_written(tiny_model, tmp_path):
+    long = {"prompt": "why " * 600, "completion": "So."}
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps(long) + "\n")
+    result = etude("evaluate", tiny_model, "--data", file, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "cannot be measured" in result.output and "line 2" in result.output
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):
+    labels = ["$5_{-$9", "b"]
+    counts = [[3, 1], [0, 2]]
+    figures = {"labels": labels, "columns": labels, "confusion": counts}
+    report.confusion_plot(figures, "title", tmp_path / "a.png")
+    many = [f"label {n}" for n in range(80)]
+    figures = {"labels": many, "columns": many, "confusion": [[1] * 80] * 80}
+    report.confusion_plot(figures, "title", tmp_path / "b.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

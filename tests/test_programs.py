@@ -132,7 +132,7 @@ def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_pat
 
     monkeypatch.setattr(trainer.Recorder, "on_step_end", interrupt)
     result = etude(*train_arguments(tiny_model, files, folder))
-    assert result.exit_code == 2
+    assert result.exit_code == 130
     assert "stopped at step 3 of 5" in result.output
     assert "--resume" in result.output
     monkeypatch.undo()
@@ -146,9 +146,22 @@ def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_pat
     assert other.exit_code == 2
     assert "lora.r 64 (now 8)" in other.output
 
+    # Half a checkpoint, as a kill leaves it, and half a line in the log are passed over.
+    (folder / "checkpoints" / "checkpoint-3").mkdir()
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    kept = (files / "pairs.jsonl").read_text()
+    (files / "pairs.jsonl").write_text(kept.replace("Answer 7.", "Another."))
+    changed = etude("train", folder / "config.yml", "--resume")
+    (files / "pairs.jsonl").write_text(kept)
+    assert changed.exit_code == 2
+    assert "these changed: train data, validation data" in changed.output
+
     result = etude("train", folder / "config.yml", "--resume")
     assert result.exit_code == 0, result.output
     assert "checkpoint-2" in result.output
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert json.loads((folder / "manifest.json").read_text())["results"]["steps"] == 5
 
 
@@ -222,6 +235,18 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(arguments, words, monkeypa
     assert result.exit_code == 2
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        train_arguments(tiny_model, files, tmp_path / "file" / "run"),
+        ("evaluate", tiny_model, "--data", files / "pairs.jsonl", "--out", tmp_path / "file" / "x"),
+    ):
+        result = etude(*arguments)
+        assert result.exit_code == 2
+        assert "file" in result.output and "directory" in result.output.lower()
+        assert "Traceback" not in result.output
 
 
 def test_help_comes_without_the_heavy_libraries():

@@ -159,17 +159,20 @@ def token_losses(model: Any, batch: Pass) -> "torch.Tensor":
         logits_to_keep=batch.keep,
         use_cache=False,
     ).logits
+    if logits.shape[1] != len(batch.keep):  # an architecture that ignores logits_to_keep
+        logits = logits[:, batch.keep]
     return F.cross_entropy(logits[batch.row, batch.column].float(), batch.target, reduction="none")
 
 
 # On a CPU a dense mask pays up to about this many tokens; longer passes attend to mostly nothing.
 CPU_BUDGET = 512
+# The mask of a pass grows with the square of its tokens: 268 MB in float32 at this many.
+GPU_BUDGET = 8192
 
 
 def budget(device: str, batch_size: int, max_length: int) -> int:
-    """Tokens of a packed pass: what `batch_size` full examples would hold, on a CPU at most 512."""
-    full = batch_size * max_length
-    return min(full, CPU_BUDGET) if device == "cpu" else full
+    """Tokens of a packed pass: what `batch_size` full examples would hold, up to the device's cap."""
+    return min(batch_size * max_length, CPU_BUDGET if device == "cpu" else GPU_BUDGET)
 
 
 def why_not_packed(model: Any, max_length: int) -> str | None:

@@ -87,7 +87,7 @@ def chat(
 
 def read_question(prompt: str | None) -> str | None:
     """The one prompt of --prompt or of a pipe; None in a terminal, where a conversation begins."""
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         return None
     where = "stdin" if prompt is None else "--prompt"
     try:

@@ -12,6 +12,7 @@ from etude.strict_yaml import KeyPath, Layer, parse_yaml, read_yaml, scalar
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -153,16 +154,13 @@ class Training(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, slower"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(
-        42, description="of the order of examples, the adapter's start, dropout"
-    )
+    seed: Seed = Field(42, description="of the order of examples, the adapter's start, dropout")
     logging_steps: Positive = Field(10, description="steps between two lines of metrics.jsonl")
     eval_steps: Positive | None = Field(
         None, description="steps between validations; null: every epoch"
     )
     save_steps: Positive | None = Field(
-        None,
-        description="steps between checkpoints, a multiple of eval_steps; null: at each validation",
+        None, description="steps between checkpoints without validation; with it, one at each"
     )
     save_total_limit: Positive = Field(
         2, description="checkpoints kept; the best is always among them"
@@ -214,9 +212,7 @@ class Generation(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = Field(
         1.0, description="above 1 discourages repeated tokens"
     )
-    seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="the same answers each time; null varies"
-    )
+    seed: Seed | None = Field(None, description="the same answers each time; null varies")
 
 
 class Output(Section):
@@ -329,22 +325,13 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
                 f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03"
             ),
         )
-    eval_steps = training.eval_steps
-    if training.save_steps and eval_steps and training.save_steps % eval_steps:
-        yield (
-            ["training.save_steps", "training.eval_steps"],
-            (
-                f"{training.save_steps} is not a multiple of eval_steps {eval_steps}; "
-                f"the nearest is {-(-training.save_steps // eval_steps) * eval_steps}"
-            ),
-        )
     validated = bool(dataset.validation or dataset.validation_split)
-    if training.save_steps and not eval_steps and validated:
+    if training.save_steps and validated and training.save_steps != training.eval_steps:
         yield (
             ["training.save_steps", "training.eval_steps"],
             (
-                "checkpoints are made at validations; set training.eval_steps too (the same or a "
-                "divisor)"
+                "with validation a checkpoint is made at each validation, so that the best is "
+                "always among them; leave save_steps null and set eval_steps"
             ),
         )
     if training.early_stopping_patience and not validated:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from etude.errors import UserError
 
@@ -31,7 +31,6 @@ class Message(TypedDict):
 
     role: str
     content: str
-    name: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,10 @@ class Renderer:
 
     def text(self, text: str) -> Example:
         """Plain text without a template, all supervised; the tokenizer's end token ends it."""
-        ids = [*self._plain(text), self.tokenizer.eos_token_id]
+        # With the tokenizer's own beginning (BOS), which models that have one were trained with.
+        ids = self.tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+        if not ids or ids[-1] != self.tokenizer.eos_token_id:
+            ids = [*ids, self.tokenizer.eos_token_id]
         # The first token has nothing before it from which it could be predicted.
         return Example(ids, [False] + [True] * (len(ids) - 1))
 
@@ -306,7 +308,8 @@ class Renderer:
             raise RenderError(
                 "the template does not end an answer with a special token, so it could never stop"
             )
-        return Example(ids, supervised)
+        # The first token has nothing before it from which it could be predicted.
+        return Example(ids, [False, *supervised[1:]])
 
     def _plain(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token."""

@@ -3,8 +3,9 @@
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from etude import sources
@@ -21,7 +22,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "text": ("text",),
 }
-OPTIONAL = {"alpaca": ("input",), "prompt_completion": ("quality",)}
+OPTIONAL = {
+    "sharegpt": ("system",),
+    "alpaca": ("input", "system"),
+    "prompt_completion": ("quality",),
+}
+TURN_KEYS = {"messages": {"role", "content"}, "sharegpt": {"from", "value"}}
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -58,13 +64,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one source, in order, with what was found out on the way."""
+    """The rows of one source, in order, with what was found out on the way.
+
+    Attributes:
+        fingerprint: SHA-256 of the file.
+        unused: columns that nothing reads, and in how many rows (or turns) they stand.
+    """
 
     source: str
     format: str
     rows: list[Row]
     fingerprint: str
     labels: list[str] | None = None
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,7 +122,8 @@ def read(source: str, settings: Dataset) -> Table:
     """
     raw, fingerprint = sources.read(source)
     columns = settings.columns
-    first = set(raw[0][1]) | {field for field, own in columns.items() if own in raw[0][1]}
+    present = {name for _, values in raw for name in values}
+    first = present | {field for field, own in columns.items() if own in present}
     form = _detect(first, settings, source, raw[0])
     needed = FORMATS[form]
     known = needed + OPTIONAL.get(form, ())
@@ -121,7 +134,7 @@ def read(source: str, settings: Dataset) -> Table:
             f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has "
             f"{', '.join(known)}" + (f"; did you mean {guess}?" if guess else "")
         )
-    absent = [name for name in needed if not any(columns.get(name, name) in v for _, v in raw)]
+    absent = [name for name in needed if columns.get(name, name) not in present]
     if absent:
         names = ", ".join(f"{columns.get(name, name)} (for {name})" for name in absent)
         raise UserError(
@@ -158,7 +171,14 @@ def read(source: str, settings: Dataset) -> Table:
             raise UserError(
                 f"{source}: only one label ({labels[0]}); a classification needs at least two"
             )
-    return Table(source, form, rows, fingerprint, labels)
+    used = {columns.get(name, name) for name in known}
+    unused = Counter(name for _, values in raw for name in values if name not in used)
+    if form in TURN_KEYS:
+        turns = (turn for _, values in raw for turn in values[columns.get(needed[0], needed[0])])
+        unused.update(
+            f"{name} of a turn" for turn in turns for name in turn.keys() - TURN_KEYS[form]
+        )
+    return Table(source, form, rows, fingerprint, labels, dict(unused))
 
 
 def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Message]:
@@ -247,13 +267,14 @@ def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | No
     for row in table.rows:
         groups.setdefault(row.key, []).append(row)
     keys = list(groups)
-    held = set(random.Random(seed).sample(keys, round(len(keys) * share))) if share else set()
-    if not held or len(held) == len(keys):
+    # Few rows still get a validation of one, as long as one is left to train on.
+    count = min(max(1, round(len(keys) * share)), len(keys) - 1) if share else 0
+    if not count:
         return table, None
+    held = set(random.Random(seed).sample(keys, count))
 
     def part(chosen: bool) -> Table:
-        rows = [row for row in table.rows if (row.key in held) == chosen]
-        return Table(table.source, table.format, rows, table.fingerprint, table.labels)
+        return replace(table, rows=[row for row in table.rows if (row.key in held) == chosen])
 
     return part(False), part(True)
 
@@ -263,9 +284,7 @@ def sample(table: Table, max_rows: int | None, seed: int) -> Table:
     if max_rows is None or max_rows >= len(table.rows):
         return table
     kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
-    return Table(
-        table.source, table.format, [table.rows[i] for i in kept], table.fingerprint, table.labels
-    )
+    return replace(table, rows=[table.rows[at] for at in kept])
 
 
 def overlap(train: Table, other: Table, name: str) -> str | None:
@@ -369,9 +388,15 @@ def _from_messages(line: int, fields: dict[str, Any]) -> Row:
 
 
 def _from_sharegpt(line: int, fields: dict[str, Any]) -> Row:
-    return Row(
-        line, _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
-    )
+    turns = _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+    return Row(line, [*_system(fields), *turns])
+
+
+def _system(fields: dict[str, Any]) -> list[Message]:
+    """The system prompt that a row carries in a column of its own, if any."""
+    if not fields["system"]:
+        return []
+    return [{"role": "system", "content": _string(fields["system"], "system")}]
 
 
 def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Row:
@@ -387,11 +412,9 @@ def _from_alpaca(line: int, fields: dict[str, Any]) -> Row:
         _string(fields["instruction"], "instruction"),
         *([fields["input"]] if fields["input"] else []),
     ]
-    return _pair(
-        line,
-        "\n\n".join(_string(part, "input") for part in parts),
-        _string(fields["output"], "output"),
-    )
+    prompt = "\n\n".join(_string(part, "input") for part in parts)
+    row = _pair(line, prompt, _string(fields["output"], "output"))
+    return replace(row, messages=[*_system(fields), *row.messages])
 
 
 def _from_prompt_completion(line: int, fields: dict[str, Any]) -> Row:
@@ -412,6 +435,8 @@ def _from_classification(line: int, fields: dict[str, Any]) -> Row:
         raise ValueError(
             f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})"
         )
+    if not str(label).isprintable():
+        raise ValueError(f"label {label!r:.40} holds control characters")
     return Row(line, [], _string(fields["text"], "text"), _string(str(label), "label"))
 
 

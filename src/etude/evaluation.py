@@ -1,5 +1,6 @@
 """A run or a base in, a report out: a whole data set with metrics, or a single text."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ import typer
 
 from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
 from etude.config import Config
-from etude.conversation import Example, Message, Renderer
+from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError
 
 
@@ -40,7 +41,7 @@ def evaluate(
         )
     # Config and data first: their faults show before a model is loaded.
     settings = runs.open_config(name, overrides)
-    if base and not lora.is_adapter(Path(name)):
+    if base and not lora.is_adapter(Path(name).expanduser()):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
         if not text.strip() or data_file or out:
@@ -50,7 +51,15 @@ def evaluate(
         return
     table = read_table(settings, data_file)
     folder = report_folder(name, out)
-    if any(row.quality for row in table.rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    judged = [row for row in table.rows if row.quality]
+    if judged:
+        if base:
+            raise UserError(
+                f"{table.source} gives the quality of its own completions, so no model is "
+                "measured; leave --base out"
+            )
+        table = dataclasses.replace(table, rows=judged)
         measured = {"heuristics": measure_judgement(table, settings)}
     else:
         measured = {
@@ -91,8 +100,10 @@ def read_table(settings: Config, data_file: str | None) -> data.Table:
 
 def report_folder(name: str, out: Path | None) -> Path:
     """Where the report goes; a report that is there already is never overwritten."""
-    home = Path(name) if Path(name).is_dir() else Path("runs") / re.sub(r"\W+", "-", name)
-    folder = out or home / "evaluation"
+    # A model's own folder is no place for reports; a run's is.
+    run = lora.is_adapter(Path(name).expanduser())
+    home = Path(name).expanduser() if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
+    folder = out.expanduser() if out else home / "evaluation"
     if out and (out / "report.json").exists():
         raise UserError(f"--out: {out} holds a report already; choose another folder")
     number = 1
@@ -167,11 +178,14 @@ def label_log_likelihoods(
     The sum runs over all tokens of a label and its end token, so that "positive" and "positively"
     are told apart. Prompts and labels are packed: what they share is computed once.
     """
-    candidates = [
-        renderer.render([*prompt, {"role": "assistant", "content": label}])
-        for prompt in prompts
-        for label in labels
-    ]
+    try:
+        candidates = [
+            renderer.render([*prompt, {"role": "assistant", "content": label}])
+            for prompt in prompts
+            for label in labels
+        ]
+    except RenderError as error:
+        raise UserError(f"The chat template refuses a classification: {error}") from None
     # Of a prompt with earlier answers in it, only the label counts.
     answers = [last_answer(candidate) for candidate in candidates]
     losses = sequence_losses(model, answers, settings, name)
@@ -218,8 +232,13 @@ def measure_responses(
 ) -> dict[str, Any]:
     """Perplexity of the references; for conversations also greedy responses, judged and compared."""
     examples, fate = data.encode(table, renderer, settings.dataset, "test")
+    if fate.dropped:
+        raise UserError(
+            f"{table.source}: rows that cannot be measured; mend them, leave them out or raise "
+            "dataset.max_length:\n  " + "\n  ".join(fate.notices())
+        )
     for notice in fate.notices():
-        terminal.err.print(f"notice    {notice}")
+        terminal.err.print(f"notice    {terminal.printable(notice)}")
     losses = sequence_losses(model, examples, settings, name)
     tokens = [sum(example.supervised) for example in examples]
     result: dict[str, Any] = {
@@ -258,7 +277,6 @@ def measure_responses(
 
 def measure_judgement(table: data.Table, settings: Config) -> dict[str, Any]:
     """Judge the given completions by the heuristics and compare with the given quality labels."""
-    rows = [row for row in table.rows if row.quality]
     judgements = [
         quality.judge(
             row.messages[-2]["content"],
@@ -266,9 +284,9 @@ def measure_judgement(table: data.Table, settings: Config) -> dict[str, Any]:
             good_threshold=settings.evaluation.good_threshold,
             fair_threshold=settings.evaluation.fair_threshold,
         )
-        for row in rows
+        for row in table.rows
     ]
-    given = [cast(str, row.quality) for row in rows]
+    given = [cast(str, row.quality) for row in table.rows]
     predicted = [judgement["label"] for judgement in judgements]
     said = [judgement["shares"] for judgement in judgements]
     return {**classify(given, predicted, quality.LABELS, settings), "said": said}

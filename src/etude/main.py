@@ -115,7 +115,9 @@ def main() -> None:
 
     # --- 6. Save the adapter (the base is not copied) and try it -----------------------------
 
-    # Without the flag PEFT looks for a config.json of the base, which a GGUF file does not have.
+    # The base by the name that `etude chat` knows. Without the flag PEFT looks for a config.json
+    # of the base, which a GGUF file does not have.
+    model.peft_config["default"].base_model_name_or_path = "smollm2-135m"
     model.save_pretrained(OUTPUT, save_embedding_layers=False)
     model.eval()
     text = "What a wonderful day, I love this!"

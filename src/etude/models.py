@@ -18,6 +18,7 @@ from etude.errors import UserError, nearest
 log = logging.getLogger(__name__)
 
 SAMPLE = "smollm2-135m"
+SUMS = "sha256.json"  # beside a converted model: the SHA-256 of each of its files
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = locate(name)
+    if folder and revision:
+        raise UserError(
+            f"model.revision: {name} is no Hub model and has no revisions; set it to null"
+        )
     source = str(folder or name)
     # What is local must not ask the Hub, and what is remote is pinned by `revision`.
     offline = folder is not None or not hub_reachable()
@@ -73,6 +78,10 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
         )
     if device.name != "cpu":
         model = model.to(torch.device(device.name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name {name}: its tokenizer has no end token, so no answer could end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
@@ -183,7 +192,7 @@ def from_gguf(file: Path) -> Path:
     try:
         _convert(file, work)
         sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
-        (work / "sha256.json").write_text(json.dumps(sums, indent=1))
+        (work / SUMS).write_text(json.dumps(sums, indent=1))
         # Built beside and renamed: another process never sees half a model.
         if folder.exists():
             shutil.rmtree(folder)
@@ -220,7 +229,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _verified(folder: Path) -> bool:
     try:
-        sums = json.loads((folder / "sha256.json").read_text())
+        sums = json.loads((folder / SUMS).read_text())
         return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
     except (OSError, ValueError):
         return False
@@ -232,7 +241,12 @@ def _sha256(path: Path) -> str:
 
 
 def _weights_hash(folder: Path) -> str:
-    """One SHA-256 over the weight files of a folder (their sums, in the order of their names)."""
+    """One SHA-256 over the weight files of a folder (their sums, in the order of their names).
+
+    For a converted GGUF file `from_gguf` has just verified the sums.
+    """
+    if folder.is_relative_to(cache_folder()) and (folder / SUMS).is_file():
+        return str(json.loads((folder / SUMS).read_text())["model.safetensors"])
     sums = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 

@@ -24,11 +24,22 @@ def data_table(reports: Sequence[Report]) -> Table:
     return table
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def loss_plot(metrics_file: Path, picture: Path) -> None:
     """Draw training and validation loss (nats a supervised token) over steps as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(metrics_file)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
@@ -48,20 +59,21 @@ def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
 
     counts = np.array(result["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    labels, columns = result["labels"], result["columns"]
-    figure = Figure(
-        figsize=(2.2 + 0.9 * len(columns), 1.8 + 0.8 * len(labels)), layout="constrained"
-    )
+    # To matplotlib a dollar sign begins a formula.
+    labels, columns = ([n.replace("$", r"\$") for n in result[k]] for k in ("labels", "columns"))
+    legible = len(labels) <= 30
+    size = (2.2 + 0.9 * len(columns), 1.8 + 0.8 * len(labels)) if legible else (12, 10)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    for (row, column), count in np.ndenumerate(counts):
-        ink = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(
-            column, row, f"{count}\n{shares[row, column]:.0%}", ha="center", va="center", color=ink
-        )
+    if legible:
+        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        for (row, column), count in np.ndenumerate(counts):
+            ink = "white" if shares[row, column] > 0.5 else "black"
+            share = f"{count}\n{shares[row, column]:.0%}"
+            axes.text(column, row, share, ha="center", va="center", color=ink)
     figure.colorbar(image, label="share of the true class")
     figure.savefig(picture, dpi=120)
 
@@ -241,13 +253,6 @@ def write_evaluation(
     result: dict[str, Any], measured: dict[str, dict[str, Any]], rows: Sequence[Row], folder: Path
 ) -> None:
     """Write report.json, report.md, the pictures and predictions.jsonl (every row, every answer)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    for name, figures in result["models"].items():
-        if figures["kind"] == "classification":
-            pictures[name] = f"confusion-{name}.png"
-            title = f"{name}: accuracy {figures['accuracy']:.3f}"
-            confusion_plot(figures, title, folder / pictures[name])
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream:
         for at, row in enumerate(rows):
             line: dict[str, Any] = {"line": row.line, "text": row.text, "messages": row.messages}
@@ -261,10 +266,14 @@ def write_evaluation(
             stream.write(
                 json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n"
             )
-    said = _examples(measured, rows)
-    (folder / "report.md").write_text(evaluation_markdown(result, pictures, said), encoding="utf-8")
-    # Last of all, so that a folder with report.json holds a whole report.
+    classified = [n for n, f in result["models"].items() if f["kind"] == "classification"]
+    pictures = {name: f"confusion-{name}.png" for name in classified}
+    text = evaluation_markdown(result, pictures, _examples(measured, rows))
+    (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    for name, file in pictures.items():
+        figures = result["models"][name]
+        confusion_plot(figures, f"{name}: accuracy {figures['accuracy']:.3f}", folder / file)
 
 
 def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: int = 5) -> str:
@@ -278,7 +287,7 @@ def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: i
         return ""
     lines = [
         [
-            row.messages[-2]["content"],
+            row.messages[-2]["content"] if len(row.messages) > 1 else "",
             row.messages[-1]["content"],
             *(said[at] for said in responses.values()),
         ]

@@ -12,13 +12,10 @@ from etude import device, lora, models
 from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError
+from etude.strict_yaml import scalar
 
-CONFIG, MANIFEST, METRICS, CHECKPOINTS = (
-    "config.yml",
-    "manifest.json",
-    "metrics.jsonl",
-    "checkpoints",
-)
+CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 LIBRARIES = (
     "etude",
     "torch",
@@ -58,7 +55,10 @@ def open_config(name: str, overrides: list[str]) -> Config:
         if (folder / CONFIG).is_file():
             return configuration.load(folder / CONFIG, overrides=overrides)
         # An adapter made elsewhere tells its base only.
-        name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(named, str):
+            raise UserError(f"{name}: adapter_config.json does not name the adapter's base")
+        name = named
     elif (folder / CONFIG).is_file():
         raise UserError(
             f"{name}: this run has no adapter yet; its training did not end. "
@@ -69,7 +69,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
         raise UserError(
             f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}"
         )
-    return configuration.load(None, overrides=[f"model.name={json.dumps(name)}", *overrides])
+    return configuration.load(None, overrides=[f"model.name={scalar(name)}", *overrides])
 
 
 def open_target(name: str, overrides: list[str]) -> Target:
@@ -108,7 +108,8 @@ def renderer_for(base: models.Base, config: Config) -> Renderer:
     template = None
     if config.model.chat_template:
         try:
-            template = Path(config.model.chat_template).read_text(encoding="utf-8")
+            file = Path(config.model.chat_template).expanduser()
+            template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"

@@ -6,7 +6,6 @@ import io
 import logging
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
@@ -49,7 +48,8 @@ def printable(text: str) -> str:
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
 
-    Exit codes: 0 done, 2 the user's mistake (told on stderr, without a traceback), 130 Ctrl-C.
+    Exit codes: 0 done; 2 a mistake, or a machine that is full, told on stderr without a traceback;
+    130 Ctrl-C.
     """
 
     @functools.wraps(function)
@@ -58,14 +58,27 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            err.print(Text("error: ", style="bold red"), printable(str(error)), sep="")
-            raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            err.print("\nstopped")
+            problem = str(error)
+        except KeyboardInterrupt as interrupt:
+            err.print(f"\n{interrupt}" if interrupt.args else "\nstopped")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
             sys.stdout = None
             raise typer.Exit(0) from None
+        except OSError as error:  # no permission, a full disk, a name too long
+            problem = f"{error.filename or 'the system'}: {error.strerror or error}"
+        except RuntimeError as error:
+            # By name: importing torch here would slow every start.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            problem = (
+                "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
+                "evaluation.batch_size, or set training.gradient_checkpointing: true"
+            )
+        else:
+            return
+        err.print(Text("error: ", style="bold red"), printable(problem), sep="")
+        raise typer.Exit(USER_ERROR)
 
     return wrapper
 
@@ -96,7 +109,7 @@ class _Notices(logging.Handler):
     """Log records as plain lines on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(self.format(record))
+        err.print(printable(self.format(record)))
 
 
 def _quiet() -> None:
@@ -144,13 +157,9 @@ class Progress:
             progress.TextColumn("step {task.completed}/{task.total}"),
             progress.BarColumn(),
             progress.TextColumn("{task.fields[facts]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
             console=err,
         )
         self._task = self._bar.add_task("", total=None, facts="")
-        self._started = time.perf_counter()
 
     def __enter__(self) -> "Progress":
         if err.is_terminal:
@@ -161,10 +170,9 @@ class Progress:
         if err.is_terminal:
             self._bar.stop()
 
-    def update(self, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, steps: int, loss: float, speed: float, left: float) -> None:
         """Show a finished step."""
-        facts = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
         self._bar.update(self._task, completed=step, total=steps, facts=facts)
         if not err.is_terminal and (step % self._every == 0 or step in (1, steps)):
-            left = (time.perf_counter() - self._started) / step * (steps - step)
-            err.print(f"step {step}/{steps}  {facts}  {left:.0f} s left")
+            err.print(f"step {step}/{steps}  {facts}")

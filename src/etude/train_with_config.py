@@ -48,6 +48,7 @@ def train(
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
     tables = read_tables(settings)
+    folder.mkdir(parents=True, exist_ok=True)
     place = device.choose(
         settings.model.dtype,
         settings.training.use_cpu,
@@ -76,7 +77,7 @@ def train(
     )
 
     settings = with_labels(settings, tables["train"])
-    folder.mkdir(parents=True, exist_ok=True)
+    start_folder(folder, checkpoint, tables, base)
     (folder / runs.CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
     results = fit(model, settings, place, examples, folder, checkpoint)
 
@@ -85,9 +86,9 @@ def train(
     (folder / "README.md").write_text(
         report.model_card(settings, manifest, parameters), encoding="utf-8"
     )
-    report.loss_plot(folder / runs.METRICS, folder / "loss.png")
-    # Last of all: a folder with a manifest is a finished run.
+    # Last of what matters: a folder with a manifest is a finished run.
     (folder / runs.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    report.loss_plot(folder / runs.METRICS, folder / "loss.png")
     show_end(settings, results)
 
 
@@ -114,9 +115,9 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from.
 
     Raises:
-        UserError: the folder holds something already, or another configuration than the one to go on with.
+        UserError: the folder holds something already, or other settings than those to go on with.
     """
-    folder = Path(settings.output.dir)
+    folder = Path(settings.output.dir).expanduser()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder, None
     if not (folder / runs.CONFIG).is_file():
@@ -129,6 +130,16 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
             f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder "
             f"(output.dir={free}), or remove that one"
         )
+    # The Trainer writes its state last: a checkpoint without it is half a one.
+    checkpoints = sorted(
+        (
+            path.parent
+            for path in (folder / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+        ),
+        key=step_of,
+    )
+    if not checkpoints:  # it came to nothing, so there is nothing to lose
+        return folder, None
     if not resume:
         raise UserError(
             f"output.dir: {folder} holds a run that did not end. Go on with it: --resume; or start another: "
@@ -148,12 +159,45 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
                 f"{k} {configuration.value(stored, k)} (now {configuration.value(settings, k)})"
                 for k in differing
             )
-            + f". Go on with its own: etude train {folder / runs.CONFIG} --resume"
+            + f". Go on with its own: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
         )
-    checkpoints = sorted(
-        (folder / runs.CHECKPOINTS).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
-    )
-    return folder, checkpoints[-1] if checkpoints else None
+    return folder, checkpoints[-1]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def start_folder(
+    folder: Path, checkpoint: Path | None, tables: dict[str, data.Table], base: models.Base
+) -> None:
+    """Note what the run starts from; on resume, hold that against what it started from.
+
+    Raises:
+        UserError: the data or the base changed in between.
+    """
+    facts = {
+        "base": base.identity,
+        **{f"{split} data": table.fingerprint for split, table in tables.items()},
+        "labels": tables["train"].labels,
+    }
+    file = folder / runs.STARTED
+    if checkpoint is None:
+        (folder / runs.METRICS).unlink(missing_ok=True)
+        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        return
+    stored = runs.read_json(file)
+    differing = [key for key in facts if facts[key] != stored.get(key)]
+    if differing:
+        raise UserError(
+            f"--resume: since {folder} was started, these changed: {', '.join(differing)}. Bring "
+            "them back, or start another run: output.dir=runs/NAME"
+        )
+    # What was logged after the checkpoint is about to happen again; a torn last line goes too.
+    metrics = folder / runs.METRICS
+    lines = [line for line in report.read_metrics(metrics) if line["step"] <= step_of(checkpoint)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:
@@ -185,6 +229,12 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
     else:
         train_part, validation = data.split_rows(table, dataset.validation_split, seed)
         tables = {"train": train_part} | ({"validation": validation} if validation else {})
+    if dataset.validation_split and "validation" not in tables:
+        terminal.notice("no validation: there are too few different rows to cut one from train")
+    for name, used in tables.items():
+        if used.unused:
+            columns = ", ".join(f"{column} ({n:,})" for column, n in used.unused.items())
+            terminal.notice(f"{name}: columns that nothing reads: {columns}")
     tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
     return tables
 
@@ -253,9 +303,7 @@ def fit(
     reason = batching.why_not_packed(model, settings.dataset.max_length)
     if reason:
         terminal.notice(f"plain padded batches instead of packed ones: {reason}")
-    if checkpoint is None:
-        (folder / runs.METRICS).unlink(missing_ok=True)
-    else:
+    if checkpoint:
         terminal.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
     terminal.say("training", f"{steps} steps of {rows} rows")
@@ -281,20 +329,27 @@ def fit(
         try:
             loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
-            saved = sorted((folder / runs.CHECKPOINTS).glob("checkpoint-*"))
-            raise UserError(
+            saved = any((folder / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
+            raise KeyboardInterrupt(
                 f"stopped at step {loop.state.global_step} of {steps}; "
                 + (
-                    f"go on with: etude train {folder / runs.CONFIG} --resume"
+                    f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
                     if saved
                     else "no checkpoint was made yet"
                 )
             ) from None
+    if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
+        raise UserError(
+            "The adapter holds numbers that are not finite, so it was not saved. Lower "
+            "training.learning_rate, or use float32 in place of float16"
+        )
     seconds = time.perf_counter() - started
     return {
         "steps": loop.state.global_step,
         "seconds": round(seconds, 1),
-        "examples_per_second": round(loop.state.global_step * rows / seconds, 2),
+        "examples_per_second": round(
+            (loop.state.global_step - recorder.first_step) * rows / seconds, 2
+        ),
         "train_loss": loop.step_loss,
         "eval_loss": loop.state.best_metric,
         "packed": reason is None,

@@ -76,8 +76,9 @@ class StepTrainer(Trainer):
         self.tokens_seen += sum(map(len, examples))
         if not math.isfinite(self.step_loss):
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {self.step_loss}, so training was stopped before it "
-                "reached the weights. Lower training.learning_rate, or use float32 in place of float16"
+                f"step {self.state.global_step + 1}: the loss is {self.step_loss}, so training was "
+                "stopped and nothing saved. Lower training.learning_rate, or use float32 in place "
+                "of float16"
             )
         return loss
 
@@ -108,23 +109,29 @@ class StepTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl and tells `show` of every step: (step, steps, loss, tokens a second)."""
+    """Writes metrics.jsonl and tells `show` of every step: (step, steps, loss, tokens a second, seconds left)."""
 
     def __init__(self, folder: Path, show: Any) -> None:
         self._file = folder / METRICS
         self._show = show
         self.trainer: StepTrainer | None = None
         self._started = time.perf_counter()
+        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock, at the step that a resumed training begins with."""
         self._started = time.perf_counter()
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
         assert self.trainer is not None
         speed = self.trainer.tokens_seen / (time.perf_counter() - self._started)
-        self._show(state.global_step, state.max_steps, self.trainer.step_loss, speed)
+        seconds = time.perf_counter() - self._started
+        left = (
+            seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+        )
+        self._show(state.global_step, state.max_steps, self.trainer.step_loss, speed, left)
 
     def on_log(
         self,
@@ -165,7 +172,7 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
         raise UserError(
             f"output.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
         )
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=training.batch_size * training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
@@ -176,7 +183,8 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
-        fp16=training.fp16,
+        # Gradients through a float16 base vanish unless the loss is scaled, which fp16 does.
+        fp16=training.fp16 or device.dtype == "float16",
         bf16=training.bf16,
         use_cpu=device.name == "cpu",
         activation_checkpointing=training.gradient_checkpointing,
@@ -197,3 +205,8 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
         dataloader_pin_memory=device.name == "cuda",
         disable_tqdm=True,
     )
+    # transformers would split a step over all GPUs it sees, and a pass cannot be split. Several GPUs
+    # are one process each: torchrun. Reading the device first is what sets the count.
+    if made.device.type == "cuda":
+        made._n_gpu = 1
+    return made
