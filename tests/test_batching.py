@@ -247,6 +247,6 @@ def test_a_model_that_ignores_logits_to_keep_is_read_at_the_right_places(tiny_mo
 
     examples = [Example([1, 5, 9, 4], [False, False, True, True]), Example([1, 7], [False, True])]
     with torch.no_grad():
-        for batch in batching.pad(examples, 2):
-            heard = batching.token_losses(model, batch)
-            assert torch.equal(batching.token_losses(Deaf(), batch), heard)
+        for batch in pad(examples, 2):
+            heard = token_losses(model, batch)
+            assert torch.equal(token_losses(Deaf(), batch), heard)
