@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -247,6 +248,28 @@ def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
         assert result.exit_code == 2
         assert "file" in result.output and "directory" in result.output.lower()
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the GPU"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+    ],
+)
+def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("etude.train_with_config.load_config", fail)
+    result = etude("train")
+    assert result.exit_code == 2
+    assert words in result.output
+    # The control: any other error is a bug, and keeps its traceback.
+    monkeypatch.setattr("etude.train_with_config.load_config", lambda *_: 1 / 0)
+    assert isinstance(etude("train").exception, ZeroDivisionError)
 
 
 def test_help_comes_without_the_heavy_libraries():

@@ -67,20 +67,29 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(0) from None
         except OSError as error:  # no permission, a full disk, a name too long
             problem = f"{error.filename or 'the system'}: {error.strerror or error}"
-        except RuntimeError as error:
-            # By name: importing torch here would slow every start.
-            if type(error).__name__ != "OutOfMemoryError":
+        except Exception as error:
+            problem = _machine_is_full(error)
+            if not problem:
                 raise
-            problem = (
-                "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
-                "evaluation.batch_size, or set training.gradient_checkpointing: true"
-            )
         else:
             return
         err.print(Text("error: ", style="bold red"), printable(problem), sep="")
         raise typer.Exit(USER_ERROR)
 
     return wrapper
+
+
+def _machine_is_full(error: Exception) -> str:
+    """What to say of an error by which a library tells that memory or disk is full; else empty."""
+    # By name and text: importing the libraries for their classes would slow every start.
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
+            "evaluation.batch_size, or set training.gradient_checkpointing: true"
+        )
+    if any(words in str(error) for words in ("No space left on device", "file write failed")):
+        return "the disk is full; free some space, then go on: a training with --resume"
+    return ""
 
 
 def run(function: Callable[..., None]) -> None:
