@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from etude import config as configuration
+from etude import data, device, models, runs, train_with_config, trainer
 from etude import main as simple_script
-from etude import runs, trainer
 from etude.cli import app
 from etude.errors import UserError
 
@@ -164,6 +164,17 @@ def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_pat
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert json.loads((folder / "manifest.json").read_text())["results"]["steps"] == 5
+
+
+def test_what_was_found_is_written_into_the_runs_configuration():
+    settings = configuration.Config()
+    table = data.Table("file", "classification", [], "0", labels=["no", "yes"])
+    place = device.choose("float32", True)
+    hub = models.Base(None, None, "some/model", "commit:abc", place)
+    found = train_with_config.resolved(settings, table, hub)
+    assert (found.dataset.labels, found.model.revision) == (["no", "yes"], "abc")
+    local = models.Base(None, None, "folder", "sha256:abc", place)
+    assert train_with_config.resolved(settings, table, local).model.revision is None
 
 
 def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path):

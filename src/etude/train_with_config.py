@@ -33,6 +33,9 @@ Presets = Annotated[
 ]
 
 
+RESOLVED = ("dataset.labels", "model.revision")
+
+
 @terminal.command
 def train(
     arguments: Arguments = None,
@@ -76,7 +79,7 @@ def train(
         "adapter", f"r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
     )
 
-    settings = with_labels(settings, tables["train"])
+    settings = resolved(settings, tables["train"], base)
     start_folder(folder, checkpoint, tables, base)
     (folder / runs.CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
     results = fit(model, settings, place, examples, folder, checkpoint)
@@ -149,8 +152,9 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
     differing = [
         key
         for key in configuration.key_paths()
-        if key != "dataset.labels"
-        and configuration.value(stored, key) != configuration.value(settings, key)
+        if configuration.value(stored, key) != configuration.value(settings, key)
+        # What was left open at the start was written out when it was found.
+        and not (key in RESOLVED and configuration.value(settings, key) is None)
     ]
     if differing:
         raise UserError(
@@ -270,11 +274,16 @@ def show_data(
         terminal.out.print()
 
 
-def with_labels(settings: Config, table: data.Table) -> Config:
-    """The configuration with the labels found in the data written out, so that the run re-runs the same."""
-    return settings.model_copy(
-        update={"dataset": settings.dataset.model_copy(update={"labels": table.labels})}
+def resolved(settings: Config, table: data.Table, base: models.Base) -> Config:
+    """The configuration with what was found written out: the labels, and the Hub's commit."""
+    dataset = settings.dataset.model_copy(update={"labels": table.labels})
+    kind, _, commit = base.identity.partition(":")
+    model = (
+        settings.model.model_copy(update={"revision": commit})
+        if kind == "commit"
+        else settings.model
     )
+    return settings.model_copy(update={"dataset": dataset, "model": model})
 
 
 def fit(
