@@ -64,7 +64,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
             f"{name}: this run has no adapter yet; its training did not end. "
             f"Go on with: etude train {folder / CONFIG} --resume output.dir={folder}"
         )
-    elif name.startswith("runs/") and not folder.is_dir():
+    elif name.startswith(("runs/", "./", "../", "/", "~")) and not folder.exists():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
         raise UserError(
             f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}"
