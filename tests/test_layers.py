@@ -31,6 +31,7 @@ HEAVY = {
     "datasets",
     "sklearn",
     "scipy",
+    "numpy",
     "matplotlib",
     "prompt_toolkit",
 }

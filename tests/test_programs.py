@@ -283,27 +283,6 @@ def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):
     assert isinstance(etude("train").exception, ZeroDivisionError)
 
 
-def test_help_comes_without_the_heavy_libraries():
-    heavy = [
-        "torch",
-        "transformers",
-        "peft",
-        "datasets",
-        "sklearn",
-        "scipy",
-        "numpy",
-        "matplotlib",
-        "prompt_toolkit",
-    ]
-    code = (
-        "import sys, etude.cli\n"
-        f"print([name for name in {heavy} if name in sys.modules])\n"
-        "import torch; print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "True"]
-
-
 @pytest.mark.parametrize("module", ["train_with_config", "evaluation", "chat"])
 def test_every_program_runs_as_a_module(module):
     command = [sys.executable, "-m", f"etude.{module}", "--help"]

@@ -51,7 +51,6 @@ def evaluate(
         return
     table = read_table(settings, data_file)
     folder = report_folder(name, out)
-    folder.mkdir(parents=True, exist_ok=True)
     judged = [row for row in table.rows if row.quality]
     if judged:
         if base:
@@ -60,6 +59,9 @@ def evaluate(
                 "measured; leave --base out"
             )
         table = dataclasses.replace(table, rows=judged)
+    # Before the long part: a folder that cannot be made is told now.
+    folder.mkdir(parents=True, exist_ok=True)
+    if judged:
         measured = {"heuristics": measure_judgement(table, settings)}
     else:
         measured = {

@@ -67,7 +67,7 @@ def train(
     examples, reports = {}, {}
     for split, table in tables.items():
         examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
-    show_data(tables, examples, reports, base.tokenizer)
+    show_data(examples, reports, base.tokenizer)
 
     import transformers
 
@@ -244,7 +244,6 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
 
 
 def show_data(
-    tables: dict[str, data.Table],
     examples: dict[str, list[Any]],
     reports: dict[str, data.Report],
     tokenizer: Any,

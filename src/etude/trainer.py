@@ -126,8 +126,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
         assert self.trainer is not None
-        speed = self.trainer.tokens_seen / (time.perf_counter() - self._started)
         seconds = time.perf_counter() - self._started
+        speed = self.trainer.tokens_seen / seconds
         left = (
             seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         )
