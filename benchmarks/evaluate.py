@@ -1,10 +1,12 @@
-"""Label scoring side by side: Etude's packed passes and a plain row-by-row transformers loop.
+"""Scoring and generating side by side: Etude and plain transformers loops.
 
-python benchmarks/evaluate.py --rows 200
+python benchmarks/evaluate.py --task labels --rows 800
+python benchmarks/evaluate.py --task generation --rows 16
 
-Both score every label of every test tweet by its exact log-likelihood under the sample model in
-float32, in separate processes, in turn; the table tells rows a second, the ratio, and whether the
-predictions are the same.
+The sample model in float32, engines in separate processes, in turn. `labels` scores every label of
+test tweets by its exact log-likelihood: Etude's packed passes, and a forward for each row and
+label. `generation` answers tweets greedily with an adapter: Etude merges it and answers 16 prompts
+at once, as `etude evaluate` does; the plain loop leaves it unmerged, one prompt after the other.
 """
 
 import argparse
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train import RESULTS, ROOT, environment
 
 ENGINES = ("etude", "transformers")
+NEW_TOKENS = 48  # at most, in an answer
 TEST = "data/tweets_sentiment.test.jsonl"
 
 
@@ -53,8 +56,63 @@ def score_transformers(target: Any, prompts: list[Any], labels: list[str]) -> li
     return scores
 
 
-def worker(engine: str, rows: int) -> None:
-    """Score with one engine and print what was measured as one JSON line."""
+def tuned(model: Any) -> Any:
+    """The model with an adapter that does something: B is not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        model, LoraConfig(r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    return adapted
+
+
+def generate_etude(target: Any, prompts: list[Any], labels: list[str]) -> list[Any]:
+    """As `etude evaluate evaluation.method=generate` does: merged, in batches."""
+    from etude import generation, lora
+
+    model = lora.merge(tuned(target.base.model))
+    settings = target.config.generation.model_copy(
+        update={"temperature": 0.0, "max_new_tokens": NEW_TOKENS}
+    )
+    size = target.config.evaluation.batch_size
+    ids = [target.renderer.prompt(prompt) for prompt in prompts]
+    answers = []
+    for start in range(0, len(ids), size):
+        found = generation.generate(model, target.renderer, ids[start : start + size], settings)
+        answers += [[response.text, response.tokens] for response in found]
+    return answers
+
+
+def generate_transformers(target: Any, prompts: list[Any], labels: list[str]) -> list[Any]:
+    """model.generate with the adapter as PEFT loads it, a prompt at a time."""
+    import torch
+
+    model, renderer = tuned(target.base.model).eval(), target.renderer
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([renderer.prompt(prompt)])
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=renderer.stop_ids,
+                pad_token_id=renderer.stop_ids[0],
+            )
+        written = output[0, ids.shape[1] :]
+        text = renderer.tokenizer.decode(written, skip_special_tokens=True).strip()
+        answers.append([text, len(written)])
+    return answers
+
+
+def worker(task: str, engine: str, rows: int) -> None:
+    """Do the task with one engine and print what was measured as one JSON line."""
     from etude import data, runs, terminal
 
     terminal.quiet_transformers()
@@ -63,52 +121,64 @@ def worker(engine: str, rows: int) -> None:
     table = data.sample(data.read(str(ROOT / TEST), settings), rows, 0)
     labels = table.labels or []
     prompts = [data.instruct(row.text, labels, settings) for row in table.rows]
-    score = {"etude": score_etude, "transformers": score_transformers}[engine]
-    score(target, prompts[:4], labels)  # warm-up
+    if task == "generation":
+        prompts = [
+            [{"role": "user", "content": f"Answer this tweet: {row.text}"}] for row in table.rows
+        ]
+    do = globals()[f"{'score' if task == 'labels' else 'generate'}_{engine}"]
+    if task == "labels":
+        do(target, prompts[:4], labels)  # warm-up
     started = time.perf_counter()
-    scores = score(target, prompts, labels)
+    answers = do(target, prompts, labels)
     seconds = time.perf_counter() - started
-    print("RESULT " + json.dumps({"seconds": seconds, "scores": scores}))
+    print("RESULT " + json.dumps({"seconds": seconds, "answers": answers}))
 
 
 def main() -> None:
     """Run both engines in turn and print the table; the JSON goes to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--task", choices=("labels", "generation"), default="labels")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.rows)
+        worker(options.task, options.worker, options.rows)
         return
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
     for number in range(options.rounds):
         for engine in ENGINES:
-            command = [sys.executable, __file__, "--worker", engine, "--rows", str(options.rows)]
+            command = [sys.executable, __file__, "--worker", engine]
+            command += ["--task", options.task, "--rows", str(options.rows)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if done.returncode or not lines:
                 raise SystemExit(f"error: {engine} failed:\n{done.stderr[-3000:]}")
             found[engine].append(json.loads(lines[0].removeprefix("RESULT ")))
             print(f"round {number + 1}: {engine} done", file=sys.stderr)
-    speed = {
-        engine: options.rows / statistics.median(run["seconds"] for run in runs)
-        for engine, runs in found.items()
-    }
-    mine, theirs = (found[engine][0]["scores"] for engine in ENGINES)
-    same = sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(mine, theirs, strict=True))
-    furthest = max(
-        abs(x - y) for a, b in zip(mine, theirs, strict=True) for x, y in zip(a, b, strict=True)
-    )
-    for engine, rate in speed.items():
-        print(f"{engine:<14}{rate:>8.2f} rows/s{rate / speed['transformers']:>8.2f}x")
-    print(
-        f"same prediction in {same} of {options.rows} rows; log-likelihoods within {furthest:.1e}"
-    )
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"evaluate-{options.rows}rows-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    answers = {engine: runs[0]["answers"] for engine, runs in found.items()}
     seconds = {engine: [run["seconds"] for run in runs] for engine, runs in found.items()}
-    summary = {"rows_per_second": speed, "same_predictions": same, "furthest": furthest}
+    labels = options.task == "labels"
+    unit = "rows/s" if labels else "tokens/s"
+    work = {
+        engine: len(each) if labels else sum(tokens for _, tokens in each)
+        for engine, each in answers.items()
+    }
+    speed = {engine: work[engine] / statistics.median(seconds[engine]) for engine in ENGINES}
+    for engine, rate in speed.items():
+        print(f"{engine:<14}{rate:>8.2f} {unit}{rate / speed['transformers']:>8.2f}x")
+    summary: dict[str, Any] = {"unit": unit, "speed": speed}
+    pairs = list(zip(*answers.values(), strict=True))
+    if labels:
+        summary["same"] = sum(a.index(max(a)) == b.index(max(b)) for a, b in pairs)
+        summary["furthest"] = max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
+        print(f"log-likelihoods within {summary['furthest']:.1e}")
+    else:
+        summary["same"] = sum(a == b for a, b in pairs)
+    print(f"the same answer in {summary['same']} of {len(pairs)} rows")
+    RESULTS.mkdir(exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    file = RESULTS / f"evaluate-{options.task}-{options.rows}rows-{stamp}.json"
     record = {"options": vars(options), "environment": environment()}
     file.write_text(json.dumps({**record, "summary": summary, "seconds": seconds}, indent=1))
     print(f"\n{file}")

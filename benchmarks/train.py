@@ -1,15 +1,19 @@
 """LoRA training side by side: Etude and its peers on the same rows, in turn, in separate processes.
 
-python benchmarks/train.py --workload tweets --engines etude,trl,transformers,main --steps 8
+python benchmarks/train.py --workload tweets --engines etude,etude-int8,trl,transformers,main --steps 8
 
 Every engine gets the same token ids, the same supervised tokens, the same adapter (r=64, alpha 128,
-q_proj and v_proj, no dropout), AdamW, constant learning rate 2e-4, clipping at 1.0, float32, and
-steps of the same examples. Medians over all timed steps of all rounds; the first step of a process
-is told apart, for it pays for warm-up. The peers come from `pip install .[bench]`.
+q_proj and v_proj, no dropout), AdamW, constant learning rate 2e-4, clipping at 1.0, and steps of
+the same examples. Medians over all timed steps of all rounds. The first step of a process stands
+apart: it is the time from the loaded model to the end of the first step, with all preparation in
+it (Etude's proof and compiling, from an empty cache; the warm-up of every engine). After the timed
+steps one more runs with every matrix product noted; each is then timed alone, which gives the
+share of a step that its bare products would take. The peers come from `pip install .[bench]`.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -17,15 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-ENGINES = ("etude", "trl", "transformers", "main")
+ENGINES = ("etude", "etude-int8", "trl", "trl-bf16", "transformers", "main")
+MODELS = ("smollm2-135m", "qwen2-1.5b-shape")
 WORKLOADS = {
     "tweets": "data/tweets_sentiment.train.jsonl",
     "dictionary": "data/devils_dictionary.train.jsonl",
@@ -92,16 +99,33 @@ def joined(conversations: list[Any], renderer: Any) -> list[Any]:
 # --- the engines: each yields (loss, seconds) of every step --------------------------------------
 
 
-def load_model() -> Any:
-    """The sample model in float32 with a fresh adapter, the same for every engine."""
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with a fresh adapter, the same for every engine.
+
+    ``qwen2-1.5b-shape`` has random weights; `dtype` is what it is stored in.
+    """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     from etude import models
 
-    base = AutoModelForCausalLM.from_pretrained(
-        models.locate(models.SAMPLE), dtype=torch.float32, local_files_only=True
-    )
+    torch.manual_seed(SEED)
+    if name == "qwen2-1.5b-shape":
+        shape = Qwen2Config(
+            vocab_size=151936,
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            models.locate(name), dtype=torch.float32, local_files_only=True
+        )
+    base.requires_grad_(False)
     torch.manual_seed(SEED)
     settings = LoraConfig(
         r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
@@ -129,21 +153,26 @@ def arguments(folder: str, **more: Any) -> dict[str, Any]:
 
 
 class Clock:
-    """A Trainer callback that notes when steps end and what their logged loss was."""
+    """A Trainer callback that notes when steps end, their losses, and the products of the last."""
 
-    def __new__(cls) -> Any:
-        """Make a TrainerCallback; transformers is imported only in a worker."""
+    def __new__(cls, steps: int) -> Any:
+        """Make a TrainerCallback for `steps` steps; transformers is imported only in a worker."""
         from transformers import TrainerCallback
 
         class Noted(TrainerCallback):
             def __init__(self) -> None:
-                self.ends: list[float] = []
+                self.ends = [time.perf_counter()]
                 self.losses: list[float] = []
+                self.products = Products()
 
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                self.ends.append(time.perf_counter())
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == steps - 1:
+                    torch.compiler.set_stance("force_eager")
+                    self.products.__enter__()
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == steps:
+                    self.products.__exit__(None, None, None)
                 self.ends.append(time.perf_counter())
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
@@ -151,6 +180,57 @@ class Clock:
                     self.losses.append(float(logs["loss"]))
 
         return Noted()
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of all matrix products: those of layers, and those inside attention."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        super().__init__()
+        self.found: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a product and compute it."""
+        name = func.overloadpacket.__name__
+        if name in {"mm", "_int_mm", "bmm"}:
+            self._note(name, args[0], args[1])
+        elif name == "addmm":
+            self._note("mm", args[1], args[2])
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":
+            self._attention(args[0], args[1], 1)
+        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+            self._attention(args[1], args[2], 2)  # two products for each of the forward's
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, *operands: torch.Tensor, times: int = 1) -> None:
+        layout = tuple((tuple(x.shape), x.stride()) for x in operands)
+        self.found[name, operands[0].dtype, *layout] += times
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor, times: int) -> None:
+        # [batch, heads, tokens, size]: scores = Q K^T, output = scores V.
+        q, k = (torch.empty(x.flatten(0, 1).shape, dtype=x.dtype) for x in (query, key))
+        scores = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+        self._note("bmm", q, k.transpose(1, 2), times=times)
+        self._note("bmm", scores, k, times=times)
+
+    def seconds(self) -> float:
+        """What all of them take alone: the median of five of each, times how often it occurred."""
+        total = 0.0
+        for (name, dtype, *layouts), times in self.found.items():
+            operands = []
+            for shape, stride in layouts:
+                x = torch.empty_strided(shape, stride, dtype=dtype)
+                operands.append(x.random_(-9, 9) if name == "_int_mm" else x.normal_())
+            product = getattr(torch, name)
+            product(*operands)
+            taken = []
+            for _ in range(5):
+                started = time.perf_counter()
+                product(*operands)
+                taken.append(time.perf_counter() - started)
+            total += times * statistics.median(taken)
+        return total
 
 
 def in_order(trainer_class: Any) -> Any:
@@ -163,28 +243,32 @@ def in_order(trainer_class: Any) -> Any:
     return Ordered
 
 
-def run_etude(steps: list[Any], folder: str) -> Any:
-    """Etude's own Trainer subclass, as `etude train` sets it up."""
-    from etude import batching, config, trainer
+def run_etude(steps: list[Any], model_name: str, folder: str, quantization: str = "null") -> Any:
+    """Etude's own preparation and Trainer subclass, as `etude train` uses them; compiled."""
+    from transformers import TrainingArguments
+
+    from etude import config, device, train_with_config, trainer
     from etude.conversation import Example
 
     examples = [
         Example(row["ids"], [label != -100 for label in row["labels"]]) for s in steps for row in s
     ]
-    model = load_model()
+    # As `etude train` does: what becomes int8 is loaded in the format it is stored in.
+    model = load_model(model_name, torch.bfloat16 if quantization == "int8" else torch.float32)
     settings = config.load(
         None,
         overrides=[
+            f"model.quantization={quantization}",
             f"training.batch_size={len(steps[0])}",
             "training.gradient_accumulation_steps=1",
+            "training.compile=true",
         ],
     )
-    from transformers import TrainingArguments
-
-    clock = Clock()
+    clock = Clock(len(steps))
+    place = device.choose("float32", use_cpu=True)
+    cutter, _ = train_with_config.prepare(model, settings, place, examples, len(steps))
     loop = in_order(trainer.StepTrainer)(
-        settings=settings,
-        packed=batching.why_not_packed(model, 512) is None,
+        cutter=cutter,
         model=model,
         args=TrainingArguments(
             **arguments(
@@ -198,7 +282,12 @@ def run_etude(steps: list[Any], folder: str) -> Any:
     return clock
 
 
-def run_trl(steps: list[Any], folder: str) -> Any:
+def run_etude_int8(steps: list[Any], model_name: str, folder: str) -> Any:
+    """The same on an int8 base."""
+    return run_etude(steps, model_name, folder, "int8")
+
+
+def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) -> Any:
     """TRL's SFTTrainer on tokenised rows, dynamic padding, its loss over the completion only."""
     import datasets
     from trl import SFTConfig, SFTTrainer
@@ -211,8 +300,8 @@ def run_trl(steps: list[Any], folder: str) -> Any:
         for step in steps
         for row in step
     ]
-    clock = Clock()
-    model = load_model()
+    model = load_model(model_name)
+    clock = Clock(len(steps))
     from transformers import AutoTokenizer
 
     from etude import models
@@ -227,7 +316,7 @@ def run_trl(steps: list[Any], folder: str) -> Any:
                 packing=False,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=False,
+                bf16=bf16,
             )
         ),
         train_dataset=datasets.Dataset.from_list(rows),
@@ -238,15 +327,21 @@ def run_trl(steps: list[Any], folder: str) -> Any:
     return clock
 
 
-def run_transformers(steps: list[Any], folder: str) -> Any:
+def run_trl_bf16(steps: list[Any], model_name: str, folder: str) -> Any:
+    """The same under bfloat16 autocast: TRL's own default, fast only on a CPU with AMX."""
+    return run_trl(steps, model_name, folder, bf16=True)
+
+
+def run_transformers(steps: list[Any], model_name: str, folder: str) -> Any:
     """A bare loop of transformers and PEFT: padded batches of a step, the model's own loss."""
-    model = load_model()
+    model = load_model(model_name)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    clock = Clock()
-    clock.ends.append(time.perf_counter())
-    for step in steps:
+    clock = Clock(len(steps))
+    for number, step in enumerate(steps):
+        if number == len(steps) - 1:
+            clock.products.__enter__()
         width = max(len(row["ids"]) for row in step)
         loss = model(**padded(step, width)).loss
         loss.backward()
@@ -255,10 +350,11 @@ def run_transformers(steps: list[Any], folder: str) -> Any:
         optimizer.zero_grad()
         clock.losses.append(loss.item())
         clock.ends.append(time.perf_counter())
+    clock.products.__exit__(None, None, None)
     return clock
 
 
-def run_main(steps: list[Any], folder: str) -> Any:
+def run_main(steps: list[Any], model_name: str, folder: str) -> Any:
     """What main.py does: every row padded to 512, one row at a time, gradients accumulated."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -267,9 +363,10 @@ def run_main(steps: list[Any], folder: str) -> Any:
         for step in steps
         for row in step
     ]
-    clock = Clock()
+    model = load_model(model_name)
+    clock = Clock(len(steps))
     loop = in_order(Trainer)(
-        model=load_model(),
+        model=model,
         args=TrainingArguments(
             **arguments(
                 folder,
@@ -320,7 +417,7 @@ def machine_speed() -> dict[str, float]:
     }
 
 
-def worker(engine: str, file: str) -> None:
+def worker(engine: str, model: str, file: str) -> None:
     """Run one engine over the steps in `file` and print what was measured as one JSON line."""
     import transformers
 
@@ -329,13 +426,16 @@ def worker(engine: str, file: str) -> None:
     steps = json.loads(Path(file).read_text())
     before = machine_speed()
     with tempfile.TemporaryDirectory() as folder:
-        clock = globals()[f"run_{engine}"](steps, folder)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        clock = globals()[f"run_{engine.replace('-', '_')}"](steps, model, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
     result = {
         "engine": engine,
-        "seconds": seconds,
+        "seconds": seconds[:-1],  # the last was slowed by noting its products
         "losses": clock.losses[: len(steps)],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "products": clock.products.seconds(),
+        "peak_gb": peak,
         "machine": before,
     }
     print("RESULT " + json.dumps(result))
@@ -365,11 +465,12 @@ def main() -> None:
     """Run the engines in turn and print the table; the JSON goes to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--workload", choices=WORKLOADS, default="tweets")
-    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--engines", default="etude,etude-int8,trl,transformers,main")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker)
@@ -380,14 +481,15 @@ def main() -> None:
         raise SystemExit(
             f"error: no such engine: {', '.join(unknown)}; there are {', '.join(ENGINES)}"
         )
-    steps = make_steps(options.workload, options.rows, options.steps)
+    # One more, in which the matrix products are noted.
+    steps = make_steps(options.workload, options.rows, options.steps + 1)
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(steps, file)
         file.flush()
         for number in range(options.rounds):
             for engine in engines:
-                command = [sys.executable, __file__, "--worker", engine, file.name]
+                command = [sys.executable, __file__, "--worker", engine, options.model, file.name]
                 done = subprocess.run(
                     command, capture_output=True, text=True, cwd=ROOT, check=False
                 )
@@ -399,7 +501,8 @@ def main() -> None:
     summary = {engine: summarise(found, options.rows) for engine, found in runs.items()}
     show(summary)
     RESULTS.mkdir(exist_ok=True)
-    name = f"train-{options.workload}-{options.rows}rows-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    what = options.workload if options.model == MODELS[0] else f"{options.model}-{options.workload}"
+    name = f"train-{what}-{options.rows}rows-{time.strftime('%Y%m%d-%H%M%S')}.json"
     record = {
         "options": vars(options),
         "environment": environment(),
@@ -412,8 +515,10 @@ def main() -> None:
 
 def summarise(found: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     """Medians of one engine over all its rounds; the first step of a process stands apart."""
+    step = statistics.median(s for run in found for s in run["seconds"][1:])
     return {
-        "rows_per_second": rows / statistics.median(s for run in found for s in run["seconds"][1:]),
+        "rows_per_second": rows / step,
+        "share_of_products": statistics.median(run["products"] for run in found) / step,
         "first_step_seconds": statistics.median(run["seconds"][0] for run in found),
         "peak_gb": statistics.median(run["peak_gb"] for run in found),
         "losses": found[0]["losses"],
@@ -426,12 +531,14 @@ def show(summary: dict[str, dict[str, Any]]) -> None:
     """Print the table; ratios are against TRL where it ran, else against the last engine."""
     against = summary["trl" if "trl" in summary else list(summary)[-1]]["rows_per_second"]
     print(
-        f"{'engine':<14}{'rows/s':>8}{'ratio':>8}{'first step':>12}{'peak GB':>9}{'last loss':>11}"
+        f"{'engine':<14}{'rows/s':>8}{'ratio':>8}{'products':>10}{'first step':>12}{'peak GB':>9}"
+        f"{'last loss':>11}"
     )
     for engine, found in summary.items():
         print(
             f"{engine:<14}{found['rows_per_second']:>8.2f}{found['rows_per_second'] / against:>7.2f}x"
-            f"{found['first_step_seconds']:>10.2f} s{found['peak_gb']:>9.2f}{found['losses'][-1]:>11.5f}"
+            f"{found['share_of_products']:>10.0%}{found['first_step_seconds']:>10.2f} s"
+            f"{found['peak_gb']:>9.2f}{found['losses'][-1]:>11.5f}"
         )
 
 

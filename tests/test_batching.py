@@ -1,6 +1,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude import data
-from etude.batching import budget, pack, pad, sum_by_example, token_losses, why_not_packed
+from etude.batching import (
+    SUPERVISED_BUDGET,
+    Cutter,
+    pack,
+    pad,
+    sum_by_example,
+    token_losses,
+    why_not_packed,
+)
 from etude.config import Dataset
 from etude.conversation import Example
 
@@ -169,10 +178,49 @@ def test_moving_a_pass_brings_its_mask_into_the_models_format():
     assert packed.to("cpu", torch.bfloat16).input_ids.dtype == torch.int64
 
 
-def test_budget():
-    assert budget("cuda", 4, 512) == 2048
-    assert budget("cpu", 4, 512) == 512
-    assert budget("cpu", 1, 256) == 256
+def test_a_pass_ends_where_its_logits_would_get_too_large():
+    # Each has one token of its own: only supervised tokens can fill a pass of this budget.
+    some = [example(*[1] * 500, 2 + n, prompt=100) for n in range(11)]
+    assert [len(batch.target) for batch in pack(some, 10_000)] == [5 * 401, 5 * 401, 401]
+    assert 5 * 401 <= SUPERVISED_BUDGET < 6 * 401
+    # Tokens that are not supervised do not count.
+    last = [replace(one, supervised=[False] * 500 + [True]) for one in some]
+    assert [len(batch.target) for batch in pack(last, 10_000)] == [11]
+    # An example beyond it is a pass of its own.
+    long = example(*[0] * (SUPERVISED_BUDGET + 2))
+    assert [len(batch.target) for batch in pack([long, *some[:2]], 10_000)] == [2049, 802]
+
+
+# --- a model's cutter ----------------------------------------------------------------------------
+
+
+def test_the_budget_is_what_full_rows_hold_up_to_the_devices_cap(model, monkeypatch):
+    assert Cutter.of(model, 4, 512).budget == 512
+    assert Cutter.of(model, 1, 256).budget == 256
+    cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: None)
+    assert Cutter.of(cuda, 4, 512).budget == 2048
+    assert Cutter.of(cuda, 64, 512).budget == 8192
+
+
+def test_a_cutter_packs_where_that_is_proven_and_pads_where_it_is_not(model, monkeypatch):
+    cutter = Cutter.of(model, 3, 4)
+    assert (cutter.rows, cutter.budget, cutter.why_padded) == (3, 12, None)
+    packed = [batch.input_ids.shape for batch in cutter(SHARED)]
+    assert packed == [batch.input_ids.shape for batch in pack(SHARED, 12)]
+
+    monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: "no reason")
+    cutter = Cutter.of(model, 3, 4)
+    assert cutter.why_padded == "no reason"
+    padded = [batch.input_ids.shape for batch in cutter(SHARED)]
+    assert padded == [batch.input_ids.shape for batch in pad(SHARED, 3)]
+    assert padded != packed
+
+
+def test_a_cutters_masks_have_the_models_format(model):
+    for dtype in (torch.float32, torch.bfloat16):
+        [batch] = replace(Cutter.of(model, 1, 100), dtype=dtype)(SHARED)
+        assert batch.attention_mask.dtype == dtype
 
 
 # --- whether a model may be packed at all --------------------------------------------------------

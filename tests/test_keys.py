@@ -1,6 +1,7 @@
 """Every key of config.yml changes what a program does: none is read by nothing."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -102,12 +103,25 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
                 raise KeyError("stop here")
 
         monkeypatch.setattr(trainer, "StepTrainer", Spy)
-        monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: None)
+        monkeypatch.setattr(train_with_config, "prepare", lambda *_: (None, "prepared"))
         with pytest.raises(KeyError):
             train_with_config.fit(
                 None, config, device.choose("float32", True), tables(config), place, None
             )
         return [type(callback).__name__ for callback in captured["callbacks"]]
+
+    def engine(config):
+        from transformers import AutoModelForCausalLM
+
+        # Whether int8 is faster here, and whether a compiler is, belongs to other tests.
+        monkeypatch.setattr("etude.int8.why_not", lambda *_: None)
+        monkeypatch.setattr("etude.compiled.compile_layers", lambda *_: None)
+        cpu = device.choose("float32", True)
+        model = lora.attach(AutoModelForCausalLM.from_pretrained(tiny_model), config.lora, "tiny")
+        train = tables(config)["train"]
+        _, done = train_with_config.prepare(model, config, cpu, train, steps(config))
+        kinds = Counter(type(module).__name__ for module in model.modules())
+        return done, kinds
 
     def tested(config):
         table = evaluation.read_table(config, None)
@@ -188,6 +202,7 @@ PROBES = {
     "model.name": ("loaded", "some/where", []),
     "model.revision": ("loaded", "abc123", ["model.name=some/where"]),
     "model.dtype": ("chosen", "bfloat16", []),
+    "model.quantization": ("engine", "int8", []),
     "model.chat_template": ("template", "{0}/template.jinja", []),
     "lora.r": ("adapter", "16", []),
     "lora.alpha": ("adapter", "16", []),
@@ -219,6 +234,7 @@ PROBES = {
     "training.fp16": ("chosen", "true", ["training.use_cpu=false", "model.dtype=auto"]),
     "training.bf16": ("arguments", "true", []),
     "training.use_cpu": ("chosen", "false", []),
+    "training.compile": ("engine", "true", []),
     "training.gradient_checkpointing": ("arguments", "true", []),
     "training.seed": ("arguments", "1", []),
     "training.logging_steps": ("arguments", "1", []),

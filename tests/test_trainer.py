@@ -80,7 +80,9 @@ def test_8x1_4x2_1x8_packed_and_padded_learn_the_same(tiny_model, files, monkeyp
             name = f"{packed}-{rows}"
             model, results, lines = fitted(settings, files / name)
             assert results["steps"] == 3
-            assert results["packed"] == packed
+            tokens = min(rows * 128, 512)
+            engine = f"packed passes of {tokens} tokens" if packed else "padded passes"
+            assert results["engine"] == engine
             losses = [line["loss"] for line in lines if "loss" in line]
             outcomes[name] = (losses, adapter(model))
     first_losses, first_weights = outcomes.pop("True-8")
@@ -121,11 +123,12 @@ def test_step_loss_is_transformers_own_over_the_supervised_tokens(tiny_model, fi
 
 
 def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
-    # A rate so high that the loss rises again after the first evaluations.
+    # Validated on other answers than it learns: their loss falls for a while, then rises again.
+    other = [{**row, "completion": "Never, whatever they say."} for row in ROWS[:5]]
+    (files / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     settings = settings_for(
         tiny_model,
         files,
-        "training.learning_rate=3.0",
         "training.lr_scheduler=constant",
         "training.num_epochs=4",
         "training.eval_steps=2",

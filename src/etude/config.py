@@ -38,6 +38,13 @@ class Model(Section):
         "auto",
         description="auto | float32 | float16 | bfloat16; auto takes what the device does fast",
     )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None,
+        description=(
+            "int8 | nf4 | null: train on an int8 base (faster, a quarter of the memory), or a "
+            "4-bit one (QLoRA, for a GPU)"
+        ),
+    )
     chat_template: str | None = Field(
         None, description="a .jinja file in place of the tokenizer's own chat template"
     )
@@ -151,6 +158,10 @@ class Training(Section):
     )
     bf16: bool = Field(False, description="bfloat16 mixed precision; Ampere and later, or AMX CPUs")
     use_cpu: bool = Field(False, description="true stays on the CPU even where there is a GPU")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="auto | true | false: torch.compile; auto where a training is long enough",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, slower"
     )
@@ -312,6 +323,11 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
         )
     if training.fp16 and training.bf16:
         yield ["training.fp16", "training.bf16"], "fp16 and bf16 exclude each other; keep one"
+    if config.model.quantization and config.lora.use_dora:
+        yield (
+            ["model.quantization", "lora.use_dora"],
+            "DoRA needs the base's own weights; set quantization: null or use_dora: false",
+        )
     if config.model.dtype == "float16" and training.use_cpu:
         yield (
             ["model.dtype", "training.use_cpu"],

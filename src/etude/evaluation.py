@@ -329,16 +329,10 @@ def sequence_losses(
     import torch
 
     longest = max(map(len, examples))
-    packed = batching.why_not_packed(model, longest) is None
-    size = batching.budget(model.device.type, settings.evaluation.batch_size, longest)
-    passes = (
-        batching.pack(examples, size)
-        if packed
-        else batching.pad(examples, settings.evaluation.batch_size)
-    )
+    cutter = batching.Cutter.of(model, settings.evaluation.batch_size, longest)
 
     def told(advance: Any) -> Iterator[batching.Pass]:
-        for batch in passes:
+        for batch in cutter(examples):
             yield batch
             advance(len(batch.owner.unique()))
 

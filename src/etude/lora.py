@@ -73,9 +73,8 @@ def linear_names(model: Any) -> dict[str, int]:
 
 
 def count(model: Any) -> Count:
-    """Trainable and all parameters; tied weights count once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return Count(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+    """Trainable and all parameters of a tuned model; tied weights count once, 4-bit ones as one each."""
+    return Count(*model.get_nb_trainable_parameters())
 
 
 def save(model: Any, folder: Path) -> None:

@@ -37,10 +37,14 @@ class Base:
     device: Device
 
 
-def load(name: str, device: Device, revision: str | None = None) -> Base:
+def load(
+    name: str, device: Device, revision: str | None = None, quantization: str | None = None
+) -> Base:
     """Load a causal language model for training or inference, frozen weights in `device.dtype`.
 
-    Only safetensors are read and no code from a model folder is run.
+    With `quantization` int8 they stay in the format they are stored in, for `int8.quantize`; with
+    nf4 the linear layers are 4-bit (QLoRA, arXiv:2305.14314), by bitsandbytes. Only safetensors are
+    read and no code from a model folder is run.
 
     Raises:
         UserError: nothing of that name, not reachable, or not a causal language model.
@@ -59,13 +63,16 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
     if folder is None:
         common["revision"] = revision or "main"
+    weights: dict[str, Any] = {"dtype": "auto" if quantization == "int8" else device.torch_dtype}
+    if quantization == "nf4":
+        weights |= {"quantization_config": _nf4(device), "device_map": {"": device.name}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=device.torch_dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **weights,
             **common,
         )
     except Exception as error:  # transformers raises whatever its many loaders stumble over
@@ -76,7 +83,7 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
             f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
             "so it would answer at random. Copy the model again, or take one with a language model's head"
         )
-    if device.name != "cpu":
+    if device.name != "cpu" and quantization != "nf4":
         model = model.to(torch.device(device.name))
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -89,6 +96,22 @@ def load(name: str, device: Device, revision: str | None = None) -> Base:
     commit = getattr(model.config, "_commit_hash", None)
     identity = f"sha256:{_weights_hash(folder)}" if folder else f"commit:{commit}"
     return Base(model, tokenizer, name, identity, device)
+
+
+def _nf4(device: Device) -> Any:
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantization: nf4 needs bitsandbytes, which is not installed; "
+            "pip install 'etude[qlora]', or set it to int8 or null"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=device.torch_dtype,
+    )
 
 
 def locate(name: str) -> Path | None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from etude import batching, data, device, lora, models, report, runs, terminal
 from etude import config as configuration
-from etude import data, device, lora, models, report, runs, terminal
 from etude.config import Config
 from etude.errors import UserError
 
@@ -33,6 +33,8 @@ Presets = Annotated[
 ]
 
 
+# Training rows that show the int8 base how large its inputs get.
+CALIBRATION = 32
 RESOLVED = ("dataset.labels", "model.revision")
 
 
@@ -60,7 +62,12 @@ def train(
     )
     terminal.say("device", place.why)
     terminal.quiet_transformers()
-    base = models.load(settings.model.name, place, settings.model.revision)
+    base = models.load(
+        settings.model.name,
+        place,
+        settings.model.revision,
+        settings.model.quantization,
+    )
     renderer = runs.renderer_for(base, settings)
     terminal.say("model", f"{base.name} ({base.identity[:19]})")
 
@@ -300,7 +307,7 @@ def fit(
     """
     import transformers
 
-    from etude import batching, trainer
+    from etude import trainer
 
     steps = trainer.steps(settings, len(examples["train"]))
     if settings.training.warmup_steps >= 1 and settings.training.warmup_steps >= steps:
@@ -308,9 +315,8 @@ def fit(
             f"training.warmup_steps: {settings.training.warmup_steps:g} is not shorter than the training, which has "
             f"{steps} steps; lower it, or give a share such as 0.03"
         )
-    reason = batching.why_not_packed(model, settings.dataset.max_length)
-    if reason:
-        terminal.notice(f"plain padded batches instead of packed ones: {reason}")
+    cutter, engine = prepare(model, settings, place, examples["train"], steps)
+    terminal.say("engine", engine)
     if checkpoint:
         terminal.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
@@ -324,8 +330,7 @@ def fit(
     with terminal.Progress(settings.training.logging_steps) as progress:
         recorder = trainer.Recorder(folder, progress.update)
         loop = trainer.StepTrainer(
-            settings=settings,
-            packed=reason is None,
+            cutter=cutter,
             model=model,
             args=trainer.arguments(settings, place, folder, "validation" in examples),
             train_dataset=examples["train"],
@@ -360,8 +365,43 @@ def fit(
         ),
         "train_loss": loop.step_loss,
         "eval_loss": loop.state.best_metric,
-        "packed": reason is None,
+        "engine": engine,
     }
+
+
+def prepare(
+    model: Any, settings: Config, place: device.Device, examples: list[Any], steps: int
+) -> tuple[batching.Cutter, str]:
+    """Make `model` fast, in place: its passes, its base in int8, its layers compiled; and say what was done.
+
+    Raises:
+        UserError: int8 where it would not be faster.
+    """
+    from etude import compiled, int8
+
+    training = settings.training
+    cutter = batching.Cutter.of(model, training.batch_size, settings.dataset.max_length)
+    if cutter.why_padded:
+        terminal.notice(f"plain padded batches instead of packed ones: {cutter.why_padded}")
+    done = ["padded passes" if cutter.why_padded else f"packed passes of {cutter.budget} tokens"]
+    step = examples[: training.batch_size * training.gradient_accumulation_steps]
+    tokens = steps * sum(batch.input_ids.numel() for batch in cutter(step))
+    worth_it = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
+    if settings.model.quantization == "int8":
+        reason = int8.why_not(model, cutter.budget, place.torch_dtype)
+        if reason:
+            raise UserError(f"model.quantization: int8: {reason}. Set it to null")
+        int8.quantize(model, cutter(examples[:CALIBRATION]), place.torch_dtype)
+        cutter = dataclasses.replace(cutter, dtype=place.torch_dtype)
+        done.append("int8 base")
+    if training.compile is True or (training.compile == "auto" and worth_it):
+        terminal.say("compile", "the decoder layers, about half a minute on two cores")
+        reason = compiled.compile_layers(model, next(cutter(step)))
+        if reason:
+            terminal.notice(f"not compiled, so slower: {reason}")
+        else:
+            done.append("compiled layers")
+    return cutter, ", ".join(done)
 
 
 def make_manifest(

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,27 +29,12 @@ class StepTrainer(Trainer):
     packed) does not change what is learnt.
     """
 
-    def __init__(self, *, settings: Config, packed: bool, **kwargs: Any) -> None:
-        """Take `settings` for the size of passes; the rest goes to Trainer."""
+    def __init__(self, *, cutter: batching.Cutter, **kwargs: Any) -> None:
+        """Take the `cutter` of the model; the rest goes to Trainer."""
         super().__init__(data_collator=lambda examples: {"examples": examples}, **kwargs)
-        self._rows = settings.training.batch_size
-        self._packed = packed
-        self._dtype: torch.dtype = kwargs["model"].dtype
-        self._budget = batching.budget(
-            self.args.device.type, self._rows, settings.dataset.max_length
-        )
+        self._cutter = cutter
         self.step_loss = math.nan
         self.tokens_seen = 0
-
-    def passes(self, examples: Sequence[Example]) -> Iterator[batching.Pass]:
-        """The passes of one step or of a whole validation set, on the model's device."""
-        cut = (
-            batching.pack(examples, self._budget)
-            if self._packed
-            else batching.pad(examples, self._rows)
-        )
-        for batch in cut:
-            yield batch.to(str(self.args.device), self._dtype)
 
     def training_step(
         self,
@@ -67,7 +51,7 @@ class StepTrainer(Trainer):
         examples: list[Example] = inputs["examples"]
         supervised = sum(sum(example.supervised) for example in examples)
         loss = torch.zeros((), device=self.args.device)
-        for batch in self.passes(examples):
+        for batch in self._cutter(examples):
             with self.compute_loss_context_manager():
                 part = batching.token_losses(model, batch).sum() / supervised
             self.accelerator.backward(part)
@@ -91,8 +75,10 @@ class StepTrainer(Trainer):
         was_training = model.training
         model.eval()
         total, count = 0.0, 0
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self.passes(examples):
+        # Without gradients it would be another graph to compile, for a few passes.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self._cutter(examples):
                 total += float(batching.token_losses(model, batch).sum())
                 count += len(batch.target)
         model.train(was_training)
