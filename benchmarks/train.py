@@ -209,7 +209,8 @@ class Products(TorchDispatchMode):
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor, times: int) -> None:
         # [batch, heads, tokens, size]: scores = Q K^T, output = scores V.
-        q, k = (torch.empty(x.flatten(0, 1).shape, dtype=x.dtype) for x in (query, key))
+        q = torch.empty(query.flatten(0, 1).shape, dtype=query.dtype)
+        k = torch.empty(q.shape[0], *key.shape[2:], dtype=key.dtype)  # one for each query head
         scores = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
         self._note("bmm", q, k.transpose(1, 2), times=times)
         self._note("bmm", scores, k, times=times)

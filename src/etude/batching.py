@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from etude.conversation import Example
+from etude.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +243,7 @@ def why_not_packed(model: Any, max_length: int) -> str | None:
                 for passes in (pack(examples, CPU_BUDGET), pad(examples, 1))
             )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return f"it does not take a mask of its own: {str(error).splitlines()[0]}"
+        return f"it does not take a mask of its own: {first_line(error)}"
     finally:
         model.train(was_training)
     tokens = sum(map(len, examples)) / len(examples)

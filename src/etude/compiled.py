@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from etude.batching import Pass, token_losses
+from etude.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +35,19 @@ def compile_layers(model: Any, batch: Pass) -> str | None:
     Returns None, or the reason why the layers stay as they were.
     """
     layers = decoder_layers(model)
-    for layer in layers:
-        layer.compile(dynamic=True)
+    if not layers:
+        return "its decoder layers were not found"
+    model.train()  # as in training, or the first step would compile everything again
     try:
+        for layer in layers:
+            layer.compile(dynamic=True)
         with torch.random.fork_rng():
             token_losses(model, batch).sum().backward()
     except Exception as error:  # whatever the compilers of the day stumble over
         for layer in layers:
             layer._compiled_call_impl = None
         log.debug("torch.compile", exc_info=error)
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+        return f"{type(error).__name__}: {first_line(error):.200}"
     finally:
         model.zero_grad()
     return None

@@ -16,3 +16,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like `word` by difflib's ratio, or None when nothing is near (< 0.6)."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return found[0] if found else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

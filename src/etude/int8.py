@@ -1,16 +1,18 @@
 """The frozen linear layers of a base in int8: a quarter of the memory, and faster products.
 
-One int8 weight serves both directions. With W ~ scale[:, None] * Wq (one scale an output):
+One int8 weight serves both directions. With W / smooth ~ scale[:, None] * Wq:
 
-    forward   y  = (x / smooth) @ W.T   = s_x * (xq @ Wq.T - z * sum(Wq)) * scale
-    backward  dx = (dy * scale) @ Wq / smooth, with dy * scale in int8 as well, one scale a token
+    forward   y  = (x * smooth) @ (W / smooth).T = s_x * (xq @ Wq.T - z * sum(Wq)) * scale
+    backward  dx = ((dy * scale) @ Wq) * smooth, with dy * scale in int8 as well, one scale a token
 
 Activations get a scale s_x and a zero point z per token (dynamically), gradients a scale. `smooth`
 moves outlier channels of the activations into the weights, where they harm less.
 Sources: Dettmers et al., LLM.int8(), arXiv:2208.07339; Xiao et al., SmoothQuant, arXiv:2211.10438.
 """
 
+import contextlib
 import copy
+import ctypes
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 from etude.batching import Pass, token_losses
+from etude.errors import first_line
 
 
 def quantize_symmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +87,10 @@ class Int8Linear(nn.Module):
         """
         super().__init__()
         weight = linear.weight.detach().float()
-        smooth = (weight.abs().amax(0).clamp(min=1e-5) / largest.float().clamp(min=1e-5)).sqrt()
+        largest = largest.float()
+        # A channel that was silent in the few rows seen may speak up later.
+        floor = 0.1 * largest.mean() + 1e-5
+        smooth = (weight.abs().amax(0).clamp(min=1e-5) / largest.clamp(min=floor)).sqrt()
         weight = weight / smooth
         self.in_features, self.out_features = linear.in_features, linear.out_features
         q, scale = quantize_symmetric(weight)
@@ -135,14 +141,17 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
             token_losses(model, batch)
     for hook in hooks:
         hook.remove()
-    for name in list(linears):
+    for name in largest:  # a layer that no pass reached stays as it is
         linear = linears.pop(name)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, Int8Linear(linear, largest[name]))
         del linear
+    # Copied: what was loaded is a view of the mapped file, all of which stays in memory with it.
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype, copy=True)
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless told
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
@@ -151,7 +160,10 @@ def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
     Measured for half a second on the model's largest layer with `tokens` rows, forward and
     backward, with what quantising costs.
     """
-    linear = max(frozen_linears(model).values(), key=lambda module: module.weight.numel())
+    linears = frozen_linears(model).values()
+    if not linears:
+        return "the model has no frozen linear layers"
+    linear = max(linears, key=lambda module: module.weight.numel())
     device = linear.weight.device
     linear = copy.deepcopy(linear).to(dtype)
     x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype, requires_grad=True)
@@ -171,7 +183,7 @@ def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
             for layer, found in times.items():
                 found.append(once(layer))
     except RuntimeError as error:  # no such product on this device
-        return f"{device} has no int8 product: {str(error).splitlines()[0]}"
+        return f"{device} has no int8 product: {first_line(error)}"
     own, int8 = min(times[linear]), min(times[quick])
     if int8 >= own:
         return (

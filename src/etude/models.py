@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from etude.device import Device
-from etude.errors import UserError, nearest
+from etude.errors import UserError, first_line, nearest
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ def _weights_hash(folder: Path) -> str:
 
 def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
     """Turn what transformers raised into a sentence for a person."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = first_line(error)
     if (
         folder is None
         and isinstance(error, OSError)

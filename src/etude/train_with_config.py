@@ -33,8 +33,8 @@ Presets = Annotated[
 ]
 
 
-# Training rows that show the int8 base how large its inputs get.
-CALIBRATION = 32
+# About so many tokens of the training rows show the int8 base how large its inputs get.
+CALIBRATION = 2048
 RESOLVED = ("dataset.labels", "model.revision")
 
 
@@ -377,6 +377,8 @@ def prepare(
     Raises:
         UserError: int8 where it would not be faster.
     """
+    import torch
+
     from etude import compiled, int8
 
     training = settings.training
@@ -391,12 +393,16 @@ def prepare(
         reason = int8.why_not(model, cutter.budget, place.torch_dtype)
         if reason:
             raise UserError(f"model.quantization: int8: {reason}. Set it to null")
-        int8.quantize(model, cutter(examples[:CALIBRATION]), place.torch_dtype)
+        rows = max(4, CALIBRATION // max(map(len, examples[:CALIBRATION])))
+        int8.quantize(model, cutter(examples[:rows]), place.torch_dtype)
         cutter = dataclasses.replace(cutter, dtype=place.torch_dtype)
         done.append("int8 base")
     if training.compile is True or (training.compile == "auto" and worth_it):
         terminal.say("compile", "the decoder layers, about half a minute on two cores")
-        reason = compiled.compile_layers(model, next(cutter(step)))
+        # In the format in which the steps will run, or they would compile everything again.
+        half = torch.float16 if training.fp16 else torch.bfloat16
+        with torch.autocast(place.name, half, enabled=training.fp16 or training.bf16):
+            reason = compiled.compile_layers(model, next(cutter(step)))
         if reason:
             terminal.notice(f"not compiled, so slower: {reason}")
         else:
