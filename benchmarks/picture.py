@@ -20,12 +20,12 @@ COLOURS = {
 
 
 def newest() -> dict[str, dict[str, Any]]:
-    """The summary of the newest file of each workload, those with TRL in them only."""
+    """The summary of the newest file of each workload."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(RESULTS.glob("train-*.json"), key=lambda path: path.stem[-15:]):
         summary = json.loads(file.read_text())["summary"]
         what = re.sub(r"^train-(.*)-\d{8}-\d{6}$", r"\1", file.stem)
-        if "trl" in summary and "share_of_products" in summary["trl"]:
+        if all("share_of_products" in engine for engine in summary.values()):
             found[what] = summary
     return found
 
@@ -37,11 +37,13 @@ def table(groups: dict[str, dict[str, Any]]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for what, summary in groups.items():
-        base = summary["trl"]["rows_per_second"]
         for number, (engine, found) in enumerate(summary.items()):
+            ratio = "-"
+            if "trl" in summary:
+                ratio = f"{found['rows_per_second'] / summary['trl']['rows_per_second']:.1f}x"
             lines.append(
                 f"| {'' if number else what} | {engine} | {found['rows_per_second']:.2f} "
-                f"| {found['rows_per_second'] / base:.1f}x | {found['share_of_products']:.0%} "
+                f"| {ratio} | {found['share_of_products']:.0%} "
                 f"| {found['first_step_seconds']:.0f} s | {found['peak_gb']:.1f} GB "
                 f"| {found['losses'][-1]:.5f} |"
             )
@@ -55,8 +57,8 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = newest()
-    print(table(groups))
+    print(table(newest()))
+    groups = {what: summary for what, summary in newest().items() if "trl" in summary}
     heights = [len(summary) for summary in groups.values()]
     figure, axes = plt.subplots(
         len(groups),
