@@ -12,15 +12,10 @@ at once, as `etude evaluate` does; the plain loop leaves it unmerged, one prompt
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from train import RESULTS, ROOT, environment
+from train import RESULTS, ROOT, environment, in_turn
 
 ENGINES = ("etude", "transformers")
 NEW_TOKENS = 48  # at most, in an answer
@@ -59,12 +54,12 @@ def score_transformers(target: Any, prompts: list[Any], labels: list[str]) -> li
 def tuned(model: Any) -> Any:
     """The model with an adapter that does something: B is not zero."""
     import torch
-    from peft import LoraConfig, get_peft_model
+
+    from etude import lora
+    from etude.config import Lora
 
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        model, LoraConfig(r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"])
-    )
+    adapted = lora.attach(model, Lora(), "sample")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -145,17 +140,8 @@ def main() -> None:
     if options.worker:
         worker(options.task, options.worker, options.rows)
         return
-    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-    for number in range(options.rounds):
-        for engine in ENGINES:
-            command = [sys.executable, __file__, "--worker", engine]
-            command += ["--task", options.task, "--rows", str(options.rows)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if done.returncode or not lines:
-                raise SystemExit(f"error: {engine} failed:\n{done.stderr[-3000:]}")
-            found[engine].append(json.loads(lines[0].removeprefix("RESULT ")))
-            print(f"round {number + 1}: {engine} done", file=sys.stderr)
+    task = ["--task", options.task, "--rows", str(options.rows)]
+    found = in_turn({e: [__file__, "--worker", e, *task] for e in ENGINES}, options.rounds)
     answers = {engine: runs[0]["answers"] for engine, runs in found.items()}
     seconds = {engine: [run["seconds"] for run in runs] for engine, runs in found.items()}
     labels = options.task == "labels"

@@ -5,10 +5,10 @@ python benchmarks/picture.py
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from train import RESULTS
+
 COLOURS = {
     "etude-int8": "#0b6e4f",
     "etude": "#3fa37c",
@@ -57,8 +57,9 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    print(table(newest()))
-    groups = {what: summary for what, summary in newest().items() if "trl" in summary}
+    recorded = newest()
+    print(table(recorded))
+    groups = {what: summary for what, summary in recorded.items() if "trl" in summary}
     heights = [len(summary) for summary in groups.values()]
     figure, axes = plt.subplots(
         len(groups),

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 from train import RESULTS, ROOT, environment
 
 PRESETS = {"tweets": "quickstart", "dictionary": "dictionary"}

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -104,10 +105,10 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
     ``qwen2-1.5b-shape`` has random weights; `dtype` is what it is stored in.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from etude import models
+    from etude import lora, models
+    from etude.config import Lora
 
     torch.manual_seed(SEED)
     if name == "qwen2-1.5b-shape":
@@ -127,10 +128,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
         )
     base.requires_grad_(False)
     torch.manual_seed(SEED)
-    settings = LoraConfig(
-        r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    return get_peft_model(base, settings)
+    return lora.attach(base, Lora(), name)
 
 
 def arguments(folder: str, **more: Any) -> dict[str, Any]:
@@ -152,34 +150,32 @@ def arguments(folder: str, **more: Any) -> dict[str, Any]:
     }
 
 
-class Clock:
-    """A Trainer callback that notes when steps end, their losses, and the products of the last."""
+class Clock(TrainerCallback):
+    """Notes when steps end, their losses, and the matrix products of the last of `steps`."""
 
-    def __new__(cls, steps: int) -> Any:
-        """Make a TrainerCallback for `steps` steps; transformers is imported only in a worker."""
-        from transformers import TrainerCallback
+    def __init__(self, steps: int) -> None:
+        """Start now."""
+        self.ends = [time.perf_counter()]
+        self.losses: list[float] = []
+        self.products = Products()
+        self._steps = steps
 
-        class Noted(TrainerCallback):
-            def __init__(self) -> None:
-                self.ends = [time.perf_counter()]
-                self.losses: list[float] = []
-                self.products = Products()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to note products where the last step begins."""
+        if state.global_step == self._steps - 1:
+            torch.compiler.set_stance("force_eager")
+            self.products.__enter__()
 
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == steps - 1:
-                    torch.compiler.set_stance("force_eager")
-                    self.products.__enter__()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the time."""
+        if state.global_step == self._steps:
+            self.products.__exit__(None, None, None)
+        self.ends.append(time.perf_counter())
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == steps:
-                    self.products.__exit__(None, None, None)
-                self.ends.append(time.perf_counter())
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
-                if "loss" in logs:
-                    self.losses.append(float(logs["loss"]))
-
-        return Noted()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Note the loss."""
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
 
 
 class Products(TorchDispatchMode):
@@ -291,7 +287,10 @@ def run_etude_int8(steps: list[Any], model_name: str, folder: str) -> Any:
 def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) -> Any:
     """TRL's SFTTrainer on tokenised rows, dynamic padding, its loss over the completion only."""
     import datasets
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+
+    from etude import models
 
     rows = [
         {
@@ -303,10 +302,6 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
     ]
     model = load_model(model_name)
     clock = Clock(len(steps))
-    from transformers import AutoTokenizer
-
-    from etude import models
-
     loop = in_order(SFTTrainer)(
         model=model,
         args=SFTConfig(
@@ -442,6 +437,22 @@ def worker(engine: str, model: str, file: str) -> None:
     print("RESULT " + json.dumps(result))
 
 
+def in_turn(workers: dict[str, list[str]], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Run each engine's worker, a script and its arguments, in turn; its RESULT lines of all rounds."""
+    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in workers}
+    for number in range(rounds):
+        for engine, command in workers.items():
+            done = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False
+            )
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if done.returncode or not lines:
+                raise SystemExit(f"error: {engine} failed:\n{done.stderr[-3000:]}")
+            found[engine].append(json.loads(lines[0].removeprefix("RESULT ")))
+            print(f"round {number + 1}: {engine} done", file=sys.stderr)
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine."""
     found = {}
@@ -484,21 +495,13 @@ def main() -> None:
         )
     # One more, in which the matrix products are noted.
     steps = make_steps(options.workload, options.rows, options.steps + 1)
-    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(steps, file)
         file.flush()
-        for number in range(options.rounds):
-            for engine in engines:
-                command = [sys.executable, __file__, "--worker", engine, options.model, file.name]
-                done = subprocess.run(
-                    command, capture_output=True, text=True, cwd=ROOT, check=False
-                )
-                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if done.returncode or not lines:
-                    raise SystemExit(f"error: {engine} failed:\n{done.stderr[-3000:]}")
-                runs[engine].append(json.loads(lines[0].removeprefix("RESULT ")))
-                print(f"round {number + 1}: {engine} done", file=sys.stderr)
+        runs = in_turn(
+            {e: [__file__, "--worker", e, options.model, file.name] for e in engines},
+            options.rounds,
+        )
     summary = {engine: summarise(found, options.rows) for engine, found in runs.items()}
     show(summary)
     RESULTS.mkdir(exist_ok=True)

@@ -239,7 +239,9 @@ def why_not_packed(model: Any, max_length: int) -> str | None:
     try:
         with torch.no_grad():
             packed, plain = (
-                sum_by_example(model, passes, len(examples))
+                sum_by_example(
+                    model, (b.to(str(model.device), model.dtype) for b in passes), len(examples)
+                )
                 for passes in (pack(examples, CPU_BUDGET), pad(examples, 1))
             )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -255,11 +257,13 @@ def why_not_packed(model: Any, max_length: int) -> str | None:
 
 
 def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Tensor":
-    """Summed negative log-likelihood of each of `count` examples' targets, in nats, [count]."""
+    """Summed negative log-likelihood of each of `count` examples' targets, in nats, [count].
+
+    `passes` are on the model's device, as a Cutter makes them.
+    """
     import torch
 
     losses = torch.zeros(count)
     for batch in passes:
-        moved = batch.to(str(model.device), model.dtype)
-        losses.index_add_(0, batch.owner, token_losses(model, moved).cpu())
+        losses.index_add_(0, batch.owner.cpu(), token_losses(model, batch).cpu())
     return losses

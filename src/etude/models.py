@@ -102,7 +102,7 @@ def _nf4(device: Device) -> Any:
     if find_spec("bitsandbytes") is None:
         raise UserError(
             "model.quantization: nf4 needs bitsandbytes, which is not installed; "
-            "pip install 'etude[qlora]', or set it to int8 or null"
+            "pip install bitsandbytes, or set it to int8 or null"
         )
     from transformers import BitsAndBytesConfig
 
