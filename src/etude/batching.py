@@ -209,6 +209,18 @@ class Cutter:
             dtype=model.dtype,
         )
 
+    @property
+    def size(self) -> str:
+        """How much a pass holds, in words."""
+        return f"{self.rows} rows" if self.why_padded else f"{self.budget} tokens"
+
+    def smaller(self) -> "Cutter | None":
+        """A cutter whose passes hold half as much; None where they can hold no less."""
+        left = self.rows if self.why_padded else self.budget
+        if left < 2:
+            return None
+        return replace(self, rows=max(1, self.rows // 2), budget=self.budget // 2)
+
     def __call__(self, examples: Sequence[Example]) -> Iterator[Pass]:
         """The passes of a step or of a whole data set."""
         padded = self.why_padded is not None

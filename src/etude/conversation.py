@@ -35,10 +35,16 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as token ids; `supervised[i]`: predicting token i counts in the loss."""
+    """A conversation as token ids.
+
+    Attributes:
+        supervised: whether predicting token i counts in the loss.
+        origin: where the row stands, ``file:line``, to name it by.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)

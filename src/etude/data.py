@@ -230,7 +230,7 @@ def encode(
         if not any(example.supervised):
             report.drop(f"no supervised token within max_length {settings.max_length}", row.line)
             continue
-        examples.append(example)
+        examples.append(replace(example, origin=f"{table.source}:{row.line}"))
         report.kept += 1
         report.tokens += len(example)
         report.supervised += sum(example.supervised)

@@ -83,6 +83,27 @@ def save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def restore(tuned: Any, folder: Path) -> None:
+    """Give `tuned`, which has an adapter, the adapter weights of a checkpoint, bit for bit.
+
+    Raises:
+        UserError: weights that are not this adapter's.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    differing = [
+        key
+        for key in sorted(weights.keys() | own.keys())
+        if key not in weights or key not in own or weights[key].shape != own[key].shape
+    ]
+    if differing:
+        raise UserError(f"{folder}: not a checkpoint of this adapter: {', '.join(differing[:5])}")
+    set_peft_model_state_dict(tuned, weights)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether `folder` holds a PEFT adapter."""
     return (folder / "adapter_config.json").is_file()

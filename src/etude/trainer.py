@@ -1,32 +1,72 @@
 """transformers.Trainer with our passes and our loss plugged in."""
 
 import json
+import logging
 import math
+import os
+import statistics
 import time
+from collections import deque
+from collections.abc import Iterator
+from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
-from etude import batching
+from etude import batching, checkpoints, lora
 from etude.config import Config
 from etude.conversation import Example
 from etude.device import Device
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
 
+log = logging.getLogger(__name__)
+
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+RECENT = 50  # steps whose losses a new one is held against; half as many must be there
+SPIKE = 8.0  # robust deviations above their median: warn
+
+
+class Order:
+    """Which examples each step of an epoch learns from: a pure function of (seed, epoch, step).
+
+    With several processes each takes every world-th example of the step, so that the steps are the
+    same ones however many processes share them.
+    """
+
+    def __init__(self, examples: int, rows: int, trainer: "StepTrainer") -> None:
+        """Order `examples` examples into steps of `rows` for one process of the trainer's."""
+        self._examples, self._rows, self._trainer = examples, rows, trainer
+
+    def __len__(self) -> int:
+        return math.ceil(self._examples / self._rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        args = self._trainer.args
+        # Asked for when an epoch begins, or, on resume, in the middle of one.
+        epoch = self._trainer.state.global_step // len(self)
+        order = np.random.default_rng([args.seed, epoch]).permutation(self._examples).tolist()
+        for start in range(0, self._examples, self._rows):
+            yield order[start : start + self._rows][args.process_index :: args.world_size]
+
+
+class Stopped(Exception):
+    """A signal ended the training after a whole step, and its checkpoint is written."""
 
 
 class StepTrainer(Trainer):
     """Trains on whole steps: the loader yields a step's examples, and passes are cut from them here.
 
     The loss of a step is the mean over all its supervised tokens, L = sum(nll) / supervised. Each
-    pass contributes its sum divided by the step's count, so how a step is cut (8x1, 4x2, 1x8, or
-    packed) does not change what is learnt.
+    pass contributes its sum divided by the step's count, so how a step is cut (8x1, 4x2, 1x8,
+    packed, or over several processes) does not change what is learnt.
     """
 
     def __init__(self, *, cutter: batching.Cutter, **kwargs: Any) -> None:
@@ -35,6 +75,20 @@ class StepTrainer(Trainer):
         self._cutter = cutter
         self.step_loss = math.nan
         self.tokens_seen = 0
+        self.stop = False  # set from outside: stop after this step, with a checkpoint
+        self._saved_step = -1
+        self._resumed: dict[str, Any] | None = None
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._zero_told = False
+
+    def get_train_dataloader(self) -> Any:
+        """A loader of whole steps in the order of `Order`."""
+        examples: Any = self.train_dataset
+        rows = self.args.train_batch_size * self.args.world_size
+        order: Any = Order(len(examples), rows, self)
+        return torch.utils.data.DataLoader(
+            examples, batch_sampler=order, collate_fn=self.data_collator
+        )
 
     def training_step(
         self,
@@ -44,45 +98,159 @@ class StepTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward of every pass of the step; returns the step's loss in nats a token.
 
+        Where memory runs out the passes are halved, for good, and the step begins again.
+
         Raises:
-            UserError: the loss is not finite; nothing of it has reached the weights.
+            UserError: a loss or gradient that is not finite, which has not reached the weights; or no
+                memory for even one example.
         """
         model.train()
         examples: list[Example] = inputs["examples"]
-        supervised = sum(sum(example.supervised) for example in examples)
-        loss = torch.zeros((), device=self.args.device)
+        supervised = self._sum(sum(sum(example.supervised) for example in examples))
+        while True:
+            try:
+                own = self._passes(examples, supervised)
+                break
+            except RuntimeError as error:
+                self._cut_smaller(examples, error)
+                model.zero_grad()
+        loss = self._sum(own.sum()) / supervised
+        self.step_loss = loss.item()
+        self.tokens_seen += int(self._sum(sum(map(len, examples))))
+        if not math.isfinite(self.step_loss):
+            raise self._not_finite("loss", examples)
+        self._check_gradients(examples)
+        self._watch(own, examples)
+        return loss
+
+    def _passes(self, examples: list[Example], supervised: torch.Tensor) -> torch.Tensor:
+        """Accumulate the gradients of the step; the summed nll of each example, in nats, [examples]."""
+        own = torch.zeros(len(examples), device=self.args.device)
         for batch in self._cutter(examples):
             with self.compute_loss_context_manager():
-                part = batching.token_losses(model, batch).sum() / supervised
-            self.accelerator.backward(part)
-            loss += part.detach()
-        self.step_loss = loss.item()
-        self.tokens_seen += sum(map(len, examples))
-        if not math.isfinite(self.step_loss):
+                losses = batching.token_losses(self.model, batch)
+            self.accelerator.backward(losses.sum() / supervised)
+            own.index_add_(0, batch.owner, losses.detach())
+        if self.args.world_size > 1:
+            for parameter in self._trained():
+                if parameter.grad is None:  # no example of this step fell to this process
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+        return own
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        model: Any = self.model
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def _sum(self, value: Any) -> torch.Tensor:
+        """The sum of a number over all processes."""
+        total = torch.as_tensor(value, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def _cut_smaller(self, examples: list[Example], error: RuntimeError) -> None:
+        """Halve the passes if `error` says that memory ran out; else raise it again."""
+        if not out_of_memory(error):
+            raise error
+        smaller = self._cutter.smaller()
+        if smaller is None or len(examples) < 2:
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {self.step_loss}, so training was "
-                "stopped and nothing saved. Lower training.learning_rate, or use float32 in place "
-                "of float16"
+                f"step {self.state.global_step + 1}: not even one example fits in memory. Lower "
+                "dataset.max_length or lora.r, set training.gradient_checkpointing: true or "
+                "model.quantization: int8, or take a smaller model.name"
+            ) from None
+        self._cutter = smaller
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(
+            "step %d: out of memory; the passes are halved to %s, and the training goes on",
+            self.state.global_step + 1,
+            smaller.size,
+        )
+
+    def _check_gradients(self, examples: list[Example]) -> None:
+        """Hold the gradients of the step to what can be learnt from."""
+        grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        # With float16 the loss is scaled until it overflows: then the scaler skips the step itself.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise self._not_finite("gradient", examples)
+        if norm == 0 and not self._zero_told:
+            self._zero_told = True
+            log.warning(
+                "step %d: all gradients are zero, so nothing is learnt from it",
+                self.state.global_step + 1,
             )
-        return loss
+
+    def _not_finite(self, what: str, examples: list[Example]) -> UserError:
+        """What to say when the step's loss or gradient is not a number, with the rows it came from."""
+        # A pass shares its numbers, so the rows are asked one by one.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            single = (batch.to(self.args.device, self._cutter.dtype)
+                      for batch in batching.pad(examples, 1))  # fmt: skip
+            sums = batching.sum_by_example(self.model, single, len(examples)) if examples else []
+        guilty = [
+            example for example, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)
+        ]
+        rows = ", ".join(example.origin for example in guilty or examples)
+        return UserError(
+            f"step {self.state.global_step + 1}: the {what} is not a finite number, so the training was "
+            f"stopped; the weights are those of step {self.state.global_step}. "
+            + (f"Rows whose own loss is not finite: {rows}. " if guilty else f"Its rows: {rows}. ")
+            + "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
+            "on from the last checkpoint, if one was made"
+        )
+
+    def _watch(self, own: torch.Tensor, examples: list[Example]) -> None:
+        """Warn of a loss that lies far above those before it: z = (loss - median) / (1.4826 MAD)."""
+        if len(self._recent) >= RECENT // 2:
+            median = statistics.median(self._recent)
+            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._recent)
+            if self.step_loss - median > SPIKE * max(spread, 0.01 * abs(median)):
+                means = [
+                    (float(total) / sum(example.supervised), example.origin)
+                    for total, example in zip(own, examples, strict=True)
+                ]
+                worst = ", ".join(f"{origin} ({mean:.2f})" for mean, origin in nlargest(3, means))
+                log.warning(
+                    "step %d: the loss jumped to %.4f, from about %.4f; highest in: %s",
+                    self.state.global_step + 1,
+                    self.step_loss,
+                    median,
+                    worst,
+                )
+        self._recent.append(self.step_loss)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all supervised tokens of the validation set, in nats, and its exponential."""
+        """Mean loss over all supervised tokens of the validation set, in nats, and its exponential.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
         examples: Any = eval_dataset or self.eval_dataset
         model: Any = self.model
         was_training = model.training
         model.eval()
         total, count = 0.0, 0
+        share = examples[self.args.process_index :: self.args.world_size]
         # Without gradients it would be another graph to compile, for a few passes.
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self._cutter(examples):
+            for batch in self._cutter(share):
                 total += float(batching.token_losses(model, batch).sum())
                 count += len(batch.target)
         model.train(was_training)
-        loss = total / count
+        # float64: the same sum on every process, and no rounding of what is compared later.
+        sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
+        loss = float(sums[0] / sums[1])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step}: the validation loss is {loss}, so the training was stopped. "
+                "Lower training.learning_rate, or use float32 in place of float16"
+            )
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
@@ -92,6 +260,92 @@ class StepTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    # --- checkpoints: what transformers would write with pickle, see checkpoints.py ---------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        stopping = bool(self._sum(int(self.stop)))  # one process's signal stops all
+        # The best adapter must be among the checkpoints, so each validation makes one.
+        self.control.should_save |= self.control.should_evaluate or stopping
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stopping:
+            raise Stopped
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if step == self._saved_step:  # the end of an epoch may fall on a step that was saved
+            return
+        values, tensors = checkpoints.random_state()
+        if self.args.world_size > 1:
+            own = tensors["random.cpu"]
+            every = [torch.empty_like(own) for _ in range(self.args.world_size)]
+            torch.distributed.all_gather(every, own)
+            tensors["random.cpu"] = torch.stack(every)
+        if self.args.should_save:
+            groups, moments = checkpoints.split_optimizer(self.optimizer.state_dict())
+            scheduler: Any = self.lr_scheduler
+            scaler = self.accelerator.scaler
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            progress = {
+                "step": step,
+                "ended": self.control.should_training_stop,
+                "processes": self.args.world_size,
+                "step_loss": self.step_loss,
+                "tokens_seen": self.tokens_seen,
+                "loss_since_log": float(self._tr_loss),
+                "last_log": self._globalstep_last_logged,
+                "groups": groups,
+                "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "random": values,
+            }
+            home = Path(self.args.output_dir)
+            with checkpoints.writing(home / checkpoints.name(step)) as work:
+                lora.save(self.model, work)
+                self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+                checkpoints.save_state(work, progress, tensors | moments)
+            keep = self.args.save_total_limit or 1
+            checkpoints.retain(home, keep, self.state.best_global_step)
+        self._saved_step = step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        lora.restore(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        progress, tensors = checkpoints.load_state(Path(checkpoint))
+        self.optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(progress["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.step_loss, self.tokens_seen = progress["step_loss"], progress["tokens_seen"]
+        self._saved_step = progress["step"]
+        self._resumed = progress
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Loaded with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            progress, tensors = checkpoints.load_state(Path(checkpoint))
+            if progress["processes"] > 1:
+                tensors["random.cpu"] = tensors["random.cpu"][self.args.process_index]
+            checkpoints.set_random_state(progress["random"], tensors)
+
+    def restore_log(self) -> None:
+        """Take up the sum of losses since the last log line, which Trainer begins anew."""
+        if self._resumed is not None:
+            self._tr_loss += self._resumed["loss_since_log"]
+            self._globalstep_last_logged = self._resumed["last_log"]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a library says by `error` that the memory of the device is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Recorder(TrainerCallback):
@@ -106,14 +360,23 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, at the step that a resumed training begins with."""
+        assert self.trainer is not None
+        self.trainer.restore_log()
         self._started = time.perf_counter()
         self.first_step = state.global_step
+        self._first_tokens = self.trainer.tokens_seen
+        scheduler = kwargs["lr_scheduler"]
+        if not any(scheduler.lr_lambdas[0](step) for step in range(state.max_steps)):
+            raise UserError(
+                f"training.warmup_steps: with {state.max_steps} steps the learning rate never rises above "
+                "zero, so nothing would be learnt; set warmup_steps: 0, or train longer"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
         assert self.trainer is not None
         seconds = time.perf_counter() - self._started
-        speed = self.trainer.tokens_seen / seconds
+        speed = (self.trainer.tokens_seen - self._first_tokens) / seconds
         left = (
             seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         )
@@ -127,7 +390,9 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; the summary at the end stands in the manifest."""
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or {}):
+            return
         line = {
             "step": state.global_step,
             "seconds": round(time.perf_counter() - self._started, 2),
@@ -144,15 +409,23 @@ def steps(config: Config, examples: int) -> int:
     return training.max_steps or math.ceil(math.ceil(examples / rows) * training.num_epochs)
 
 
-def arguments(config: Config, device: Device, folder: Path, validated: bool) -> TrainingArguments:
+def arguments(
+    config: Config, device: Device, folder: Path, examples: int, validated: bool
+) -> TrainingArguments:
     """The TrainingArguments of a run; a step's examples are one batch of the Trainer's.
 
     Raises:
-        UserError: a reporting library that is not installed.
+        UserError: a reporting library that is not installed, or a step that the processes cannot share.
     """
     training = config.training
-    strategy = "steps" if training.eval_steps else "epoch"
-    saving = strategy if validated else ("steps" if training.save_steps else "epoch")
+    rows = training.batch_size * training.gradient_accumulation_steps
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if rows % processes:
+        raise UserError(
+            f"training: a step has {rows} rows (batch_size x gradient_accumulation_steps), which "
+            f"{processes} processes cannot share evenly; make it a multiple of {processes}"
+        )
+    epoch = math.ceil(examples / rows)  # steps; whole steps alone can be resumed exactly
     missing = [name for name in config.output.report_to if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -160,7 +433,7 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
         )
     made = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=training.batch_size * training.gradient_accumulation_steps,
+        per_device_train_batch_size=rows // processes,
         learning_rate=training.learning_rate,
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
@@ -177,12 +450,12 @@ def arguments(config: Config, device: Device, folder: Path, validated: bool) -> 
         seed=training.seed,
         logging_steps=training.logging_steps,
         logging_first_step=True,
-        eval_strategy=strategy if validated else "no",
-        eval_steps=training.eval_steps,
-        save_strategy=saving,
-        save_steps=training.save_steps or training.eval_steps or 500,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=training.eval_steps or epoch,
+        save_strategy="steps",
+        save_steps=training.save_steps or training.eval_steps or epoch,
         save_total_limit=training.save_total_limit,
-        load_best_model_at_end=validated,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model="eval_loss" if validated else None,
         greater_is_better=False if validated else None,
         report_to=list(config.output.report_to) or "none",

@@ -1,0 +1,209 @@
+"""Checkpoints that exist whole or not at all, without pickle: safetensors, JSON and a list of sums.
+
+A checkpoint is written beside its place, flushed to disk with the SHA-256 of every file, and only then
+renamed. A kill, a full disk or a power cut leaves what was there before; what is damaged later
+is found by its sums and passed over.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SUMS = "sha256.json"
+PROGRESS, TENSORS = "progress.json", "state.safetensors"
+UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
+
+
+def name(step: int) -> str:
+    """The folder of the checkpoint made after `step`."""
+    return f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `file` whole or not at all: beside its place, flushed, renamed."""
+    work = file.with_name(f"{UNFINISHED}{file.name}")
+    with work.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    work.replace(file)
+    _flush(file.parent)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends; an error leaves nothing of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
+    try:
+        yield work
+        write_text(work / SUMS, json.dumps({file.name: sha256(file) for file in _files(work)}))
+        for file in _files(work):
+            _flush(file)
+        _flush(work)
+        remove(target)  # there only if it did not verify
+        work.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that no half of it is ever taken for one."""
+    if checkpoint.exists():
+        gone = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=checkpoint.parent)) / checkpoint.name
+        checkpoint.rename(gone)
+        shutil.rmtree(gone.parent)
+
+
+def why_not(checkpoint: Path) -> str | None:
+    """None if every file of `checkpoint` is what was written, else what is wrong."""
+    try:
+        sums = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))
+        found = {file.name: file for file in _files(checkpoint) if file.name != SUMS}
+        if not isinstance(sums, dict) or PROGRESS not in sums:
+            return f"{SUMS} is damaged"
+        for file in sums.keys() | found.keys():
+            if file not in found:
+                return f"{file} is missing"
+            if file not in sums:
+                return f"{file} does not belong to it"
+            if sha256(found[file]) != sums[file]:
+                return f"{file} is damaged"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{SUMS} cannot be read: {error}"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that verifies, and a sentence for each one passed over."""
+    passed_over = []
+    for checkpoint in reversed(_all(folder)):
+        reason = why_not(checkpoint)
+        if reason is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: passed over, {reason}")
+    return None, passed_over
+
+
+def retain(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind."""
+    for checkpoint in _all(folder)[:-keep]:
+        if step_of(checkpoint) != best:
+            remove(checkpoint)
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, whole or not."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and writes names by itself
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the state of a training: tensors to safetensors, the rest to JSON ------------------------------
+
+
+def save_state(folder: Path, progress: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
+    """Write what a training needs to go on: `progress` (JSON values) and `tensors`."""
+    from safetensors.torch import save_file
+
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / TENSORS)
+    (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+
+
+def load_state(checkpoint: Path) -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
+    """What `save_state` wrote."""
+    from safetensors.torch import load_file
+
+    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    return progress, load_file(checkpoint / TENSORS)
+
+
+def split_optimizer(
+    state: dict[str, Any],
+) -> "tuple[list[dict[str, Any]], dict[str, torch.Tensor]]":
+    """An optimizer's state_dict as its groups (JSON values) and its tensors by ``optimizer.N.name``."""
+    tensors = {
+        f"optimizer.{number}.{key}": value
+        for number, values in state["state"].items()
+        for key, value in values.items()
+    }
+    return state["param_groups"], tensors
+
+
+def join_optimizer(
+    groups: list[dict[str, Any]], tensors: "dict[str, torch.Tensor]"
+) -> dict[str, Any]:
+    """The state_dict that `split_optimizer` took apart."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            number, _, field = rest.partition(".")
+            state.setdefault(int(number), {})[field] = value
+    return {"state": state, "param_groups": groups}
+
+
+def random_state() -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
+    """The state of every random generator: Python's and NumPy's as JSON values, torch's as tensors."""
+    import numpy as np
+    import torch
+
+    kind, keys, *rest = np.random.get_state()
+    values = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    tensors = {"random.cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.random.get_rng_state()
+    return values, tensors
+
+
+def set_random_state(values: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
+    """Put every generator where `random_state` found it."""
+    import numpy as np
+    import torch
+
+    version, numbers, gauss = values["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = values["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.random.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.random.set_rng_state(tensors["random.cuda"])
