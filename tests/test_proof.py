@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from etude import lora, models, proof, report, runs
+from etude import data, device, lora, models, proof, report, runs, train_with_config
 from etude.cli import app
 from etude.errors import UserError
 
@@ -44,11 +44,6 @@ def finished(tiny_model, files, tmp_path_factory):
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "copy")
-
-
-@pytest.fixture(scope="module")
-def target(tiny_model):
-    return runs.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
 
 
 def verified(folder):
@@ -243,6 +238,24 @@ def test_the_environment_is_recorded_and_differences_are_told():
     ]
     (first, *_) = runs.environment_differences({}, {"threads": 2})
     assert first == "threads: not recorded, now 2"
+
+
+def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys):
+    base = models.Base(None, None, "folder", "sha256:1", device.choose("float32", True))
+    tables = {"train": data.Table("file", "text", [], "0")}
+    checkpoint = tmp_path / "checkpoint-1"
+    train_with_config.start_folder(tmp_path, None, tables, base)
+    train_with_config.start_folder(tmp_path, checkpoint, tables, base)
+    assert "since the training began" not in capsys.readouterr().out
+    stored = json.loads((tmp_path / runs.STARTED).read_text())
+    stored["environment"]["threads"] = 64
+    (tmp_path / runs.STARTED).write_text(json.dumps(stored))
+    train_with_config.start_folder(tmp_path, checkpoint, tables, base)
+    assert "since the training began: threads: 64, now" in capsys.readouterr().out
+
+    assert runs.changes_since(tmp_path) == []  # no finished run
+    (tmp_path / runs.MANIFEST).write_text(json.dumps({"environment": stored["environment"]}))
+    assert [line.partition(",")[0] for line in runs.changes_since(tmp_path)] == ["threads: 64"]
 
 
 # --- reproduce -------------------------------------------------------------------------------
