@@ -18,7 +18,7 @@ LAYERS = [
     ["models", "lora", "data", "cross_entropy"],
     ["batching", "generation", "quality", "metrics"],
     ["runs", "dialogue", "report", "checkpoints", "terminal", "int8", "compiled"],
-    ["trainer"],
+    ["trainer", "proof"],
     ["main", "train_with_config", "evaluation", "chat"],
     ["cli"],
     ["__main__"],

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from etude import chat, evaluation, terminal, train_with_config
+from etude import chat, data, evaluation, proof, runs, terminal, train_with_config
 from etude import config as configuration
 from etude.errors import UserError
 
@@ -54,6 +54,67 @@ def validate(
             f"{split:<10} {table.source}: {len(table.rows):,} rows, format {table.format}{labels}"
         )
     terminal.out.print("The configuration is valid.")
+
+
+@app.command()
+@terminal.command
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
+) -> None:
+    """Prove that a run's adapter lives: its tensors, logits and loss are those of its training."""
+    folder = Path(run).expanduser()
+    settings = runs.open_config(run, [])
+    expected = proof.read_expected(folder)
+    terminal.quiet_transformers()
+    table, split = None, expected["loss"]["split"]
+    try:
+        table = train_with_config.read_tables(settings).get(split)
+    except UserError as error:
+        terminal.notice(str(error))
+    target = runs.open_target(run, [])
+    examples = None
+    if table and table.fingerprint == expected["loss"]["data"]:
+        examples, _ = data.encode(table, target.renderer, settings.dataset, split)
+        examples = examples[: expected["loss"]["rows"]]
+    terminal.say("proof", proof.examine(run, target, expected, examples))
+
+
+@app.command()
+@terminal.command
+def reproduce(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run's folder")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the second run; else RUN-reproduced")
+    ] = None,
+) -> None:
+    """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
+    folder = run.expanduser()
+    if not (folder / runs.MANIFEST).is_file():
+        raise UserError(f"{run}: not a finished run (no {runs.MANIFEST}), so it cannot be repeated")
+    manifest = runs.read_json(folder / runs.MANIFEST)
+    settings = configuration.check(manifest.get("config", {}), {})
+    again = out.expanduser() if out else folder.with_name(f"{folder.resolve().name}-reproduced")
+    output = settings.output.model_copy(update={"dir": str(again)})
+    settings = settings.model_copy(update={"output": output})
+    elsewhere = runs.environment_differences(manifest.get("environment", {}), runs.environment())
+    for difference in elsewhere:
+        terminal.notice(f"since the first training: {difference}")
+    train_with_config.run_training(settings, again=manifest)
+    found = proof.compare_runs(folder, again)
+    terminal.say("losses", found.losses)
+    terminal.say("adapter", found.adapter)
+    if found.same:
+        terminal.say("result", f"{again} is {folder}, bit for bit")
+        return
+    excused = elsewhere or not manifest["base"]["device"].startswith("cpu")
+    if excused and found.close:
+        why = "the environment differs" if elsewhere else "a GPU does not add in one order"
+        terminal.say(
+            "result", f"the same within {proof.REPEATED:.0%} of each loss, not bit for bit: {why}"
+        )
+        return
+    terminal.say("result", f"{again} is not {folder}; the figures stand above", "bold red")
+    raise typer.Exit(1)
 
 
 @app.command("version")

@@ -1,5 +1,8 @@
 """Which device and which number format a model runs on, each with the reason why."""
 
+import contextlib
+import ctypes
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,3 +77,14 @@ def choose(
     else:
         chosen, reason = automatic, f"auto: it {why}"
     return Device(name, chosen, f"{name} ({where}), {chosen} ({reason})")
+
+
+def free_memory() -> None:
+    """Give the memory of models that are no longer referred to back to the system."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless told
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -82,6 +82,8 @@ def models(
     terminal.quiet_transformers()
     target = runs.open_target(name, overrides)
     terminal.err.print(f"device    {target.base.device.why}")
+    for difference in runs.changes_since(Path(name).expanduser()):
+        terminal.err.print(f"notice    since the training: {difference}")
     if with_base:
         yield "base", target.base.model, target
     yield ("tuned" if target.adapter else "model"), target.tuned(), target

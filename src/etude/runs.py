@@ -55,8 +55,8 @@ def open_config(name: str, overrides: list[str]) -> Config:
         if (folder / CONFIG).is_file():
             return configuration.load(folder / CONFIG, overrides=overrides)
         # An adapter made elsewhere tells its base only.
-        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not isinstance(named, str):
+        named = lora.describe(folder).base_model_name_or_path
+        if not named:
             raise UserError(f"{name}: adapter_config.json does not name the adapter's base")
         name = named
     elif (folder / CONFIG).is_file():
@@ -81,16 +81,28 @@ def open_target(name: str, overrides: list[str]) -> Target:
     config = open_config(name, overrides)
     folder = Path(name).expanduser()
     base, renderer = _load(config)
+    adapter = folder if lora.is_adapter(folder) else None
+    if adapter:
+        lora.check_base(adapter, base.identity)
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
-        trained_on = manifest.get("base", {}).get("identity")
-        if trained_on != base.identity:
-            raise UserError(
-                f"{name}: this adapter was trained on another base ({trained_on}) than {config.model.name} is now "
-                f"({base.identity}). Pin model.revision, or give the base it was trained on"
-            )
+        check_base(name, manifest, base)
         renderer.check_state(manifest.get("chat_format", {}), name)
-    return Target(base, renderer, config, folder if lora.is_adapter(folder) else None)
+    return Target(base, renderer, config, adapter)
+
+
+def check_base(name: str, manifest: dict[str, Any], base: models.Base) -> None:
+    """Hold `base` against the one that the run `name` was trained on.
+
+    Raises:
+        UserError: it is another one.
+    """
+    trained_on = manifest.get("base", {}).get("identity")
+    if trained_on != base.identity:
+        raise UserError(
+            f"{name}: this adapter was trained on another base ({trained_on}) than {base.name} is now "
+            f"({base.identity}). Pin model.revision, or give the base it was trained on"
+        )
 
 
 def _load(config: Config) -> tuple[models.Base, Renderer]:
@@ -136,12 +148,45 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the manifest."""
+    """Versions and machine: what decides how numbers are rounded, for the manifest."""
     import torch
 
+    capabilities = torch.cpu.get_capabilities()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": capabilities.get("cpu_name") or platform.processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": sorted(name for name, there in capabilities.items() if there is True),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def environment_differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two environments, as "name: stored, now ..."; flags and versions one by one."""
+    first, second = _flat(stored), _flat(now)
+    return [
+        f"{name}: {first.get(name, 'not recorded')}, now {second.get(name, 'none')}"
+        for name in sorted(first.keys() | second.keys())
+        if first.get(name) != second.get(name)
+    ]
+
+
+def changes_since(folder: Path) -> list[str]:
+    """How the environment differs from the one that the run in `folder` was trained in."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    return environment_differences(
+        read_json(folder / MANIFEST).get("environment", {}), environment()
+    )
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    """An environment with its libraries and flags on one level."""
+    flat = {key: value for key, value in environment.items() if not isinstance(value, dict | list)}
+    libraries, flags = environment.get("libraries"), environment.get("cpu_flags")
+    flat |= libraries if isinstance(libraries, dict) else {}
+    return flat | ({f"CPU flag {flag}": "yes" for flag in flags} if isinstance(flags, list) else {})

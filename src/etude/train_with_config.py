@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from etude import batching, data, device, lora, models, report, runs, terminal
+from etude import batching, data, device, lora, models, proof, report, runs, terminal
 from etude import config as configuration
 from etude.config import Config
 from etude.errors import UserError
@@ -48,11 +48,23 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
-    settings = load_config(arguments or [], config, preset or [])
+    run_training(load_config(arguments or [], config, preset or []), resume)
+
+
+def run_training(
+    settings: Config, resume: bool = False, again: dict[str, Any] | None = None
+) -> None:
+    """Train as `settings` say; with `again`, the manifest of a run, from its very data and base.
+
+    Raises:
+        UserError: whatever stands in the way, or a proof that fails.
+    """
     folder, checkpoint = open_folder(settings, resume)
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
     tables = read_tables(settings)
+    if again:
+        check_data(again, tables)
     folder.mkdir(parents=True, exist_ok=True)
     place = device.choose(
         settings.model.dtype,
@@ -68,6 +80,8 @@ def train(
         settings.model.revision,
         settings.model.quantization,
     )
+    if again:
+        runs.check_base("the run to repeat", again, base)
     renderer = runs.renderer_for(base, settings)
     terminal.say("model", f"{base.name} ({base.identity[:19]})")
 
@@ -80,7 +94,7 @@ def train(
 
     # Before the adapter is made: its A starts at random.
     transformers.set_seed(settings.training.seed)
-    model = lora.attach(base.model, settings.lora, base.name)
+    model = lora.attach(base.model, settings.lora, base.name, base.identity)
     parameters = str(lora.count(model))
     terminal.say(
         "adapter", f"r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
@@ -92,7 +106,15 @@ def train(
     results = fit(model, settings, place, examples, folder, checkpoint)
 
     lora.save(model, folder)
+    fingerprints = {split: table.fingerprint for split, table in tables.items()}
+    digest = proof.expect(folder, model, settings, examples, fingerprints, results["eval_loss"])
+    # The new process needs the memory in which this one holds its model.
+    base = dataclasses.replace(base, model=None)
+    del model
+    device.free_memory()
+    terminal.say("proof", proof.in_a_new_process(folder))
     manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
+    manifest["adapter"] = {"sha256": digest}
     (folder / "README.md").write_text(
         report.model_card(settings, manifest, parameters), encoding="utf-8"
     )
@@ -180,6 +202,23 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
+    """Hold the rows against those that the run of `manifest` was trained on.
+
+    Raises:
+        UserError: they changed.
+    """
+    stored = {split: facts.get("sha256") for split, facts in manifest.get("data", {}).items()}
+    now = {split: table.fingerprint for split, table in tables.items()}
+    changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    if changed:
+        files = ", ".join(sorted({table.source for table in tables.values()}))
+        raise UserError(
+            f"The data changed since the run was trained ({', '.join(changed)}; read from {files}), so "
+            "it cannot be repeated. Bring the files back as they were, or train a new run"
+        )
+
+
 def start_folder(
     folder: Path, checkpoint: Path | None, tables: dict[str, data.Table], base: models.Base
 ) -> None:
@@ -196,9 +235,14 @@ def start_folder(
     file = folder / runs.STARTED
     if checkpoint is None:
         (folder / runs.METRICS).unlink(missing_ok=True)
-        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        started = {**facts, "environment": runs.environment()}
+        file.write_text(json.dumps(started, indent=1), encoding="utf-8")
         return
     stored = runs.read_json(file)
+    for difference in runs.environment_differences(
+        stored.get("environment", {}), runs.environment()
+    ):
+        terminal.notice(f"since the training began: {difference}")
     differing = [key for key in facts if facts[key] != stored.get(key)]
     if differing:
         raise UserError(
@@ -423,6 +467,7 @@ def make_manifest(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "base": {"name": base.name, "identity": base.identity, "device": base.device.why},
         "seed": settings.training.seed,
+        "config": settings.model_dump(mode="json"),
         "chat_format": chat_format,
         "data": {
             split: {**dataclasses.asdict(item), "sha256": tables[split].fingerprint}
