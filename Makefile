@@ -40,7 +40,7 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 		echo "$(RUN) is already trained; its report is above ($(DONE))."; \
 		echo "To train again, remove the folder (rm -r $(RUN)) or choose another one (the last command below)."; \
 	else \
-		$(BIN)/etude train config.yml --preset quickstart --resume && \
+		$(BIN)/etude train config.yml --preset quickstart && \
 		$(BIN)/etude evaluate $(RUN) --base; \
 	fi
 	@echo

@@ -87,7 +87,9 @@ def main() -> None:
                     sum(map(str.__eq__, one["truth"], one["predicted"])) / len(one["truth"])
                     for one in (plain, int8)
                 ]
-                line += f"; accuracy {shares[0]:.4f} and {shares[1]:.4f}, p = {found['p_value']:.2f}"
+                line += (
+                    f"; accuracy {shares[0]:.4f} and {shares[1]:.4f}, p = {found['p_value']:.2f}"
+                )
             print(line, flush=True)
             record.append({"workload": workload, "seed": seed, "float32": plain, "int8": int8})
             # After each pair: what was measured outlives an interrupt.

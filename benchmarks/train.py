@@ -237,6 +237,15 @@ def in_order(trainer_class: Any) -> Any:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+        def get_train_dataloader(self) -> Any:
+            if trainer_class.__name__ != "StepTrainer":
+                return super().get_train_dataloader()
+            return torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_size=self.args.train_batch_size,
+                collate_fn=self.data_collator,
+            )
+
     return Ordered
 
 

@@ -1,6 +1,8 @@
 """The programs as a person runs them: files in, files out, exit codes, and what a mistake gets."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from etude import checkpoints, data, device, models, runs, train_with_config, trainer
 from etude import config as configuration
-from etude import data, device, models, runs, train_with_config, trainer
 from etude import main as simple_script
 from etude.cli import app
 from etude.errors import UserError
@@ -122,23 +124,27 @@ def test_a_finished_run_is_never_overwritten(run, tiny_model, files):
     assert "is not a run" in result.output
 
 
-def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
+    tiny_model, files, tmp_path, monkeypatch, number, code
+):
     folder = tmp_path / "run"
     original = trainer.Recorder.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
         if state.global_step == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(trainer.Recorder, "on_step_end", interrupt)
     result = etude(*train_arguments(tiny_model, files, folder))
-    assert result.exit_code == 130
+    assert result.exit_code == code
+    assert "once more to leave at once" in result.output
     assert "stopped at step 3 of 5" in result.output
     assert "--resume" in result.output
     monkeypatch.undo()
 
-    refused = etude(*train_arguments(tiny_model, files, folder))
+    refused = etude(*train_arguments(tiny_model, files, folder, "--no-resume"))
     assert refused.exit_code == 2
     assert "did not end" in refused.output
     refused = etude("evaluate", folder)
@@ -148,7 +154,7 @@ def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_pat
     assert "lora.r 64 (now 8)" in other.output
 
     # Half a checkpoint, as a kill leaves it, and half a line in the log are passed over.
-    (folder / "checkpoints" / "checkpoint-3").mkdir()
+    (folder / "checkpoints" / "checkpoint-4").mkdir()
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "lo')
     kept = (files / "pairs.jsonl").read_text()
@@ -158,12 +164,57 @@ def test_ctrl_c_tells_how_to_go_on_and_resume_goes_on(tiny_model, files, tmp_pat
     assert changed.exit_code == 2
     assert "these changed: train data, validation data" in changed.output
 
-    result = etude("train", folder / "config.yml", "--resume")
+    result = etude("train", folder / "config.yml")
     assert result.exit_code == 0, result.output
-    assert "checkpoint-2" in result.output
+    assert "checkpoint-4: passed over, sha256.json cannot be read" in result.output
+    assert "checkpoint-3" in result.output
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert json.loads((folder / "manifest.json").read_text())["results"]["steps"] == 5
+
+
+def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    original = trainer.StepTrainer.training_step
+
+    def twice(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", twice)
+    result = etude(*train_arguments(tiny_model, files, folder, "training.save_steps=1"))
+    assert result.exit_code == 130
+    assert "left at once; go on with" in result.output
+    last, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
+    assert (checkpoints.step_of(last), passed_over) == (3, [])
+    monkeypatch.undo()
+
+    changed = ("training.save_steps=1", "training.learning_rate=0.001")
+    result = etude(*train_arguments(tiny_model, files, folder, *changed))
+    assert result.exit_code == 2
+    assert "training.learning_rate" in result.output and "--force" in result.output
+    result = etude(*train_arguments(tiny_model, files, folder, *changed, "--force"))
+    assert result.exit_code == 0, result.output
+    assert "--force: " in result.output
+    assert configuration.load(folder / "config.yml").training.learning_rate == 0.001
+    # Its handlers are gone with the training.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_checkpoints_that_are_all_damaged_are_told(tiny_model, files, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr("etude.lora.save", lambda *_: 1 / 0)  # no checkpoint can be written
+    assert etude(*train_arguments(tiny_model, files, folder)).exit_code == 1
+    monkeypatch.undo()
+    result = etude(*train_arguments(tiny_model, files, folder, "--resume"))
+    assert result.exit_code == 2
+    assert "no checkpoint to go on from" in result.output
+    (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    result = etude(*train_arguments(tiny_model, files, folder))
+    assert result.exit_code == 2
+    assert "holds no checkpoint that is whole" in result.output
 
 
 def test_what_was_found_is_written_into_the_runs_configuration():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from etude import config as configuration
 from etude import data, device, lora, models, proof, report, runs, train_with_config
 from etude.cli import app
 from etude.errors import UserError
@@ -107,8 +108,9 @@ def test_another_adapter_in_its_place_is_seen(copied, tiny_model, files, tmp_pat
 
 
 def test_an_adapter_that_does_nothing_is_refused_at_the_end(tiny_model, files, tmp_path):
-    # All of a one-step training is warm-up, at learning rate zero.
-    result = train(tiny_model, files, tmp_path / "run", "training.max_steps=1")
+    # A learning rate that vanishes in float32.
+    settings = ("training.max_steps=1", "training.warmup_steps=0", "training.learning_rate=1e-45")
+    result = train(tiny_model, files, tmp_path / "run", *settings)
     assert result.exit_code == 2
     assert "the adapter changes nothing: lora_B is all zero" in told(result)
     assert "--resume" in told(result)
@@ -244,13 +246,14 @@ def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys
     base = models.Base(None, None, "folder", "sha256:1", device.choose("float32", True))
     tables = {"train": data.Table("file", "text", [], "0")}
     checkpoint = tmp_path / "checkpoint-1"
-    train_with_config.start_folder(tmp_path, None, tables, base)
-    train_with_config.start_folder(tmp_path, checkpoint, tables, base)
+    settings = configuration.Config()
+    train_with_config.start_folder(tmp_path, None, settings, tables, base, False)
+    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
     assert "since the training began" not in capsys.readouterr().out
     stored = json.loads((tmp_path / runs.STARTED).read_text())
     stored["environment"]["threads"] = 64
     (tmp_path / runs.STARTED).write_text(json.dumps(stored))
-    train_with_config.start_folder(tmp_path, checkpoint, tables, base)
+    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
     assert "since the training began: threads: 64, now" in capsys.readouterr().out
 
     assert runs.changes_since(tmp_path) == []  # no finished run

@@ -1,13 +1,27 @@
 """Training on whole steps: how a step is cut does not change what is learnt."""
 
 import json
+import logging
 import math
+import re
+import types
 
 import pytest
 import torch
 
+from etude import (
+    batching,
+    checkpoints,
+    data,
+    device,
+    lora,
+    models,
+    report,
+    runs,
+    train_with_config,
+    trainer,
+)
 from etude import config as configuration
-from etude import data, device, lora, models, runs, train_with_config, trainer
 from etude.errors import UserError
 
 ROWS = [
@@ -99,7 +113,9 @@ def test_8x1_4x2_1x8_packed_and_padded_learn_the_same(tiny_model, files, monkeyp
 
 
 def test_step_loss_is_transformers_own_over_the_supervised_tokens(tiny_model, files):
-    settings = settings_for(tiny_model, files, "training.gradient_accumulation_steps=24")
+    settings = settings_for(
+        tiny_model, files, "training.gradient_accumulation_steps=24", "training.warmup_steps=0"
+    )
     _, _, lines = fitted(settings, files / "run")
     base = models.load(str(tiny_model), device.choose("float32", True))
     renderer = runs.renderer_for(base, settings)
@@ -130,20 +146,18 @@ def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
         tiny_model,
         files,
         "training.lr_scheduler=constant",
-        "training.num_epochs=4",
+        "training.num_epochs=5",
         "training.eval_steps=2",
     )
     model, results, lines = fitted(settings, files / "run")
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(losses) == 6
+    assert len(losses) == 8  # at steps 2, 4, ... and at the last, 15
     assert results["eval_loss"] == min(losses) < losses[-1]
     renderer = runs.renderer_for(
         models.load(str(tiny_model), device.choose("float32", True)), settings
     )
     table = data.read(settings.dataset.validation, settings.dataset)
     examples, _ = data.encode(table, renderer, settings.dataset, "validation")
-    from etude import batching
-
     model.eval()
     with torch.no_grad():
         sums = batching.sum_by_example(model, batching.pad(examples, 2), len(examples))
@@ -167,10 +181,244 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny_model, files):
             model.get_input_embeddings().weight[:] = math.nan
 
     settings = settings_for(tiny_model, files)
-    with pytest.raises(UserError, match=r"step 1: the loss is nan.*learning_rate"):
+    with pytest.raises(UserError, match=r"step 1: the loss is not a finite number"):
         fitted(settings, files / "run", prepare=poison)
     for name, value in adapter(kept["model"]).items():
         assert torch.equal(value, kept["weights"][name])
+
+
+def poison_row(monkeypatch, what):
+    """Make the row "Question 7" alone give a loss or a gradient that is not a number."""
+    original = batching.token_losses
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, losses):
+            return losses.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.nan
+
+    def poisoned(model, batch):
+        losses = original(model, batch)
+        text = " ".join(map(str, batch.input_ids.flatten().tolist()))
+        if poisoned.ids in text:
+            losses = losses * math.nan if what == "loss" else Poisoned.apply(losses)
+        return losses
+
+    monkeypatch.setattr("etude.batching.token_losses", poisoned)
+    return poisoned
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
+    tiny_model, files, monkeypatch, what
+):
+    settings = settings_for(
+        tiny_model, files, "training.save_steps=1", "dataset.validation=null",
+        "dataset.validation_split=0", "training.batch_size=1",
+    )  # fmt: skip
+    kept = {}
+    monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: "so that ids stand together")
+    poisoned = poison_row(monkeypatch, what)
+    renderer = runs.renderer_for(
+        models.load(str(tiny_model), device.choose("float32", True)), settings
+    )
+    row = data.read(settings.dataset.train, settings.dataset).rows[7]
+    poisoned.ids = " ".join(map(str, renderer.render(row.messages).ids))
+    with pytest.raises(UserError) as raised:
+        fitted(settings, files / "run", prepare=lambda model: kept.update(model=model))
+    step = int(re.search(r"step (\d+): the " + what, str(raised.value))[1])
+    assert f"the weights are those of step {step - 1}" in str(raised.value)
+    own = "Rows whose own loss is not finite: " if what == "loss" else ""
+    assert f"{own}{files}/train.jsonl:8" in str(raised.value) or not own
+    assert f"{files}/train.jsonl:8" in str(raised.value)
+    if what == "loss":
+        assert f"{files}/train.jsonl:9" not in str(raised.value)
+    if step > 1:
+        last, _ = checkpoints.newest(files / "run" / runs.CHECKPOINTS)
+        assert checkpoints.step_of(last) == step - 1
+        weights = lora.read_weights(last)
+        assert lora.digest(weights) == lora.digest(lora.state(kept["model"]))
+
+
+def test_zero_gradients_and_a_jump_of_the_loss_are_told(tiny_model, files, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    settings = settings_for(tiny_model, files, "training.num_epochs=12")
+    original = batching.token_losses
+    calls = []
+
+    def strange(model, batch):
+        losses = original(model, batch)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) <= 2:
+                return losses * 0.0
+            if len(calls) == 70:
+                return losses + 50
+        return losses
+
+    monkeypatch.setattr("etude.batching.token_losses", strange)
+    fitted(settings, files / "run")
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if "all gradients are zero" in text] != []
+    (jump,) = [text for text in told if "the loss jumped" in text]
+    assert "train.jsonl:" in jump
+
+
+def test_out_of_memory_cuts_smaller_passes_and_learns_the_same(
+    tiny_model, files, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    settings = settings_for(tiny_model, files, "training.batch_size=8",
+                            "training.gradient_accumulation_steps=1")  # fmt: skip
+    whole, _, lines = fitted(settings, files / "whole")
+    original = batching.token_losses
+    limit = 100
+
+    def small(model, batch):
+        if torch.is_grad_enabled() and batch.input_ids.numel() > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return original(model, batch)
+
+    monkeypatch.setattr("etude.batching.token_losses", small)
+    cut, _, again = fitted(settings, files / "cut")
+    assert "out of memory; the passes are halved to 256 tokens" in caplog.text
+    losses, cut_losses = ([x["loss"] for x in those if "loss" in x] for those in (lines, again))
+    assert cut_losses == pytest.approx(losses, rel=1e-5)
+    for name, value in adapter(cut).items():
+        torch.testing.assert_close(value, adapter(whole)[name], rtol=1e-3, atol=1e-5)
+    limit = 10
+    with pytest.raises(UserError, match="not even one example fits in memory"):
+        fitted(settings, files / "none")
+
+
+# --- going on exactly where a training stood ---------------------------------------------------
+
+
+def losses_of(lines):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+class Killed(BaseException):
+    """A kill, as far as a test can have one without losing its own process."""
+
+
+def optimizer_of(folder):
+    checkpoint, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
+    assert passed_over == []
+    progress, tensors = checkpoints.load_state(checkpoint)
+    return progress, tensors
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("lora.dropout=0.1",), ("model.quantization=int8",), ("padded",),
+    ("training.eval_steps=2", "training.early_stopping_patience=30"),
+    ("dataset.validation=null", "dataset.validation_split=0", "training.num_epochs=2.5"),
+], ids=["packed", "dropout", "int8", "padded", "eval", "no-validation"])  # fmt: skip
+def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypatch, overrides):
+    if "padded" in overrides:
+        monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: "test")
+        overrides = ()
+    monkeypatch.setattr("etude.int8.why_not", lambda *_: None)
+    common = ("training.num_epochs=3", "training.save_steps=1", "training.logging_steps=2")
+    settings = settings_for(tiny_model, files, *common, *overrides)
+    whole, results, lines = fitted(settings, files / "whole")
+    state = optimizer_of(files / "whole")
+
+    original = trainer.StepTrainer.training_step
+
+    def interrupted(at):
+        def step(self, *args, **kwargs):
+            if self.state.global_step == at:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        return step
+
+    folder = files / "killed"
+    # In the middle of an epoch, at the end of one, in the second; and twice at one step.
+    for at in (1, 3, 4, 4, 6):
+        monkeypatch.setattr(trainer.StepTrainer, "training_step", interrupted(at))
+        with pytest.raises(Killed):
+            fitted(settings, folder, resumed(folder))
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", original)
+    model, again, other_lines = fitted(settings, folder, resumed(folder))
+    assert lora.digest(lora.state(model)) == lora.digest(lora.state(whole))
+    assert losses_of(other_lines) == losses_of(lines)
+    progress, tensors = optimizer_of(folder)
+    assert progress == state[0]
+    assert tensors.keys() == state[1].keys()
+    assert all(torch.equal(value, state[1][name]) for name, value in tensors.items())
+    for key in ("steps", "train_loss", "eval_loss"):
+        assert again[key] == results[key]
+    # Once more, from its end: nothing is left to do, and it is the same still.
+    model, again, _ = fitted(settings, folder, resumed(folder))
+    assert lora.digest(lora.state(model)) == lora.digest(lora.state(whole))
+    assert again["eval_loss"] == results["eval_loss"]
+
+
+def resumed(folder):
+    """The checkpoint to go on from, and the log cut back to it, as the program does."""
+    checkpoint, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+    if checkpoint:
+        step = checkpoints.step_of(checkpoint)
+        kept = [x for x in report.read_metrics(folder / runs.METRICS) if x["step"] <= step]
+        (folder / runs.METRICS).write_text("".join(json.dumps(x) + "\n" for x in kept))
+    return checkpoint
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "step", "random"])
+def test_what_a_checkpoint_holds_is_needed(tiny_model, files, monkeypatch, lost):
+    # The negative control: without its moments, its place in the data or its random numbers, a
+    # resumed training ends elsewhere.
+    common = ("training.num_epochs=3", "training.save_steps=1", "lora.dropout=0.2")
+    settings = settings_for(tiny_model, files, *common)
+    whole, _, _ = fitted(settings, files / "whole")
+    folder = files / "run"
+    fitted(settings, folder)
+    home = folder / runs.CHECKPOINTS
+    middle = files / "middle"
+    original = trainer.StepTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", killed)
+    with pytest.raises(Killed):
+        fitted(settings, middle)
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", original)
+    assert home.is_dir()
+    if lost == "optimizer":
+        monkeypatch.setattr(checkpoints, "join_optimizer", lambda groups, _: {
+            "state": {}, "param_groups": groups})  # fmt: skip
+    elif lost == "random":
+        monkeypatch.setattr(checkpoints, "set_random_state", lambda *_: None)
+    else:
+        monkeypatch.setattr(trainer.Order, "__iter__", lambda self: iter([[0, 1]] * len(self)))
+    model, _, _ = fitted(settings, middle, resumed(middle))
+    assert lora.digest(lora.state(model)) != lora.digest(lora.state(whole))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(tiny_model):
+    class Fake:
+        def __init__(self, step, rank=0, world=1):
+            self.args = types.SimpleNamespace(seed=3, process_index=rank, world_size=world)
+            self.state = types.SimpleNamespace(global_step=step)
+
+    first = list(trainer.Order(10, 4, Fake(0)))
+    assert sorted(at for step in first for at in step) == list(range(10))
+    assert [len(step) for step in first] == [4, 4, 2]
+    assert list(trainer.Order(10, 4, Fake(2))) == first  # still the first epoch
+    assert list(trainer.Order(10, 4, Fake(3))) != first
+    # Two processes share each step: no example twice, none left out.
+    shares = [list(trainer.Order(10, 4, Fake(0, rank, 2))) for rank in range(2)]
+    for whole, one, other in zip(first, *shares, strict=True):
+        assert sorted(one + other) == sorted(whole)
+        assert not set(one) & set(other)
 
 
 def test_warm_up_longer_than_the_training_is_an_error(tiny_model, files):

@@ -92,7 +92,7 @@ def why_not(checkpoint: Path) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that verifies, and a sentence for each one passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(_all(folder)):
         reason = why_not(checkpoint)
         if reason is None:

@@ -171,7 +171,7 @@ class Training(Section):
         None, description="steps between validations; null: every epoch"
     )
     save_steps: Positive | None = Field(
-        None, description="steps between checkpoints without validation; with it, one at each"
+        None, description="steps between checkpoints; null: one at each validation, or every epoch"
     )
     save_total_limit: Positive = Field(
         2, description="checkpoints kept; the best is always among them"
@@ -342,14 +342,6 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
             ),
         )
     validated = bool(dataset.validation or dataset.validation_split)
-    if training.save_steps and validated and training.save_steps != training.eval_steps:
-        yield (
-            ["training.save_steps", "training.eval_steps"],
-            (
-                "with validation a checkpoint is made at each validation, so that the best is "
-                "always among them; leave save_steps null and set eval_steps"
-            ),
-        )
     if training.early_stopping_patience and not validated:
         yield (
             ["training.early_stopping_patience", "dataset.validation", "dataset.validation_split"],

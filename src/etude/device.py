@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ def choose(
     import torch
 
     if not use_cpu and torch.cuda.is_available():
+        if "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         name, where = "cuda", torch.cuda.get_device_name()
         capability = torch.cuda.get_device_capability()
         # bfloat16 came with Ampere (8.0); before it, float16 is the fast 16-bit format.

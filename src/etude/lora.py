@@ -134,23 +134,17 @@ def save(model: Any, folder: Path) -> None:
 
 
 def restore(tuned: Any, folder: Path) -> None:
-    """Give `tuned`, which has an adapter, the adapter weights of a checkpoint, bit for bit.
+    """Give `tuned`, which has an adapter, the adapter weights in `folder`, bit for bit.
 
     Raises:
-        UserError: weights that are not this adapter's.
+        UserError: they are not this adapter's.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft.utils import set_peft_model_state_dict
 
-    weights = load_file(folder / "adapter_model.safetensors")
-    own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    differing = [
-        key
-        for key in sorted(weights.keys() | own.keys())
-        if key not in weights or key not in own or weights[key].shape != own[key].shape
-    ]
-    if differing:
-        raise UserError(f"{folder}: not a checkpoint of this adapter: {', '.join(differing[:5])}")
+    weights = read_weights(folder)
+    faults = compare_keys(weights, state(tuned))
+    if faults:
+        raise _unfit(folder, "; ".join(faults))
     set_peft_model_state_dict(tuned, weights)
 
 

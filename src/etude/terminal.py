@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import re
 import sys
 import warnings
@@ -25,8 +26,11 @@ INTERRUPTED = 130
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 # Results go to stdout, all else to stderr, so that output can be piped.
+# Of several processes (torchrun), the first one speaks and writes; mistakes are told by each.
+FIRST = os.environ.get("RANK", "0") == "0"
+
 # No markup: what is printed holds the user's texts, in which a bracket is a bracket.
-out = Console(highlight=False, soft_wrap=True, markup=False)
+out = Console(highlight=False, soft_wrap=True, markup=False, quiet=not FIRST)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -49,7 +53,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
 
     Exit codes: 0 done; 2 a mistake, or a machine that is full, told on stderr without a traceback;
-    130 Ctrl-C.
+    130 Ctrl-C, 143 SIGTERM.
     """
 
     @functools.wraps(function)
@@ -60,8 +64,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             problem = str(error)
         except KeyboardInterrupt as interrupt:
-            err.print(f"\n{interrupt}" if interrupt.args else "\nstopped")
-            raise typer.Exit(INTERRUPTED) from None
+            err.print(f"\n{interrupt.args[0]}" if interrupt.args else "\nstopped")
+            raise typer.Exit(interrupt.args[1] if interrupt.args[1:] else INTERRUPTED) from None
         except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
             sys.stdout = None
             raise typer.Exit(0) from None
@@ -181,6 +185,8 @@ class Progress:
 
     def update(self, step: int, steps: int, loss: float, speed: float, left: float) -> None:
         """Show a finished step."""
+        if not FIRST:
+            return
         facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
         self._bar.update(self._task, completed=step, total=steps, facts=facts)
         if not err.is_terminal and (step % self._every == 0 or step in (1, steps)):

@@ -1,19 +1,26 @@
 """config.yml in, a trained run out."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
+import math
+import os
+import re
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from etude import batching, data, device, lora, models, proof, report, runs, terminal
+from etude import batching, checkpoints, data, device, lora, models, proof, report, runs, terminal
 from etude import config as configuration
 from etude.config import Config
-from etude.errors import UserError
+from etude.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,8 @@ Presets = Annotated[
 # About so many tokens of the training rows show the int8 base how large its inputs get.
 CALIBRATION = 2048
 RESOLVED = ("dataset.labels", "model.revision")
+# The sections that decide what is learnt; a resumed training must have the same.
+TRAINED_BY = ("model", "lora", "dataset", "training")
 
 
 @terminal.command
@@ -44,22 +53,33 @@ def train(
     config: ConfigFile = None,
     preset: Presets = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the unfinished run in output.dir, if any")
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="go on with the unfinished run in output.dir; by default, if there is one",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="go on although settings, data or base changed")
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
-    run_training(load_config(arguments or [], config, preset or []), resume)
+    run_training(load_config(arguments or [], config, preset or []), resume, force)
 
 
 def run_training(
-    settings: Config, resume: bool = False, again: dict[str, Any] | None = None
+    settings: Config,
+    resume: bool | None = None,
+    force: bool = False,
+    again: dict[str, Any] | None = None,
 ) -> None:
     """Train as `settings` say; with `again`, the manifest of a run, from its very data and base.
 
     Raises:
         UserError: whatever stands in the way, or a proof that fails.
     """
-    folder, checkpoint = open_folder(settings, resume)
+    folder, checkpoint = open_folder(settings, resume, force)
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
     tables = read_tables(settings)
@@ -101,9 +121,11 @@ def run_training(
     )
 
     settings = resolved(settings, tables["train"], base)
-    start_folder(folder, checkpoint, tables, base)
-    (folder / runs.CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
+    if terminal.FIRST:
+        start_folder(folder, checkpoint, settings, tables, base, force)
     results = fit(model, settings, place, examples, folder, checkpoint)
+    if not terminal.FIRST:  # one of several processes writes for all
+        return
 
     lora.save(model, folder)
     fingerprints = {split: table.fingerprint for split, table in tables.items()}
@@ -115,12 +137,11 @@ def run_training(
     terminal.say("proof", proof.in_a_new_process(folder))
     manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
     manifest["adapter"] = {"sha256": digest}
-    (folder / "README.md").write_text(
-        report.model_card(settings, manifest, parameters), encoding="utf-8"
-    )
-    # Last of what matters: a folder with a manifest is a finished run.
-    (folder / runs.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    card = report.model_card(settings, manifest, parameters)
+    checkpoints.write_text(folder / "README.md", card)
     report.loss_plot(folder / runs.METRICS, folder / "loss.png")
+    # Last: a folder with a manifest is a finished run.
+    checkpoints.write_text(folder / runs.MANIFEST, json.dumps(manifest, indent=1))
     show_end(settings, results)
 
 
@@ -143,16 +164,21 @@ def load_config(arguments: list[str], option: Path | None, presets: list[str]) -
     return configuration.load(path, presets, overrides)
 
 
-def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from.
+def open_folder(
+    settings: Config, resume: bool | None, force: bool = False
+) -> tuple[Path, Path | None]:
+    """The run's folder, and the newest checkpoint that verifies, to go on from.
 
     Raises:
-        UserError: the folder holds something already, or other settings than those to go on with.
+        UserError: the folder holds something already, other settings than those to go on with, no
+            checkpoint that is whole; or `resume` and nothing to go on with.
     """
     folder = Path(settings.output.dir).expanduser()
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder, None
-    if not (folder / runs.CONFIG).is_file():
+    found = folder.iterdir() if folder.is_dir() else []
+    there = [path for path in found if not path.name.startswith(checkpoints.UNFINISHED)]
+    if (folder.exists() and not folder.is_dir()) or (
+        there and not (folder / runs.CONFIG).is_file()
+    ):
         raise UserError(
             f"output.dir: {folder} exists and is not a run; choose another: output.dir=runs/NAME"
         )
@@ -162,44 +188,51 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
             f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder "
             f"(output.dir={free}), or remove that one"
         )
-    # The Trainer writes its state last: a checkpoint without it is half a one.
-    checkpoints = sorted(
-        (
-            path.parent
-            for path in (folder / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-        ),
-        key=step_of,
-    )
-    if not checkpoints:  # it came to nothing, so there is nothing to lose
-        return folder, None
-    if not resume:
+    checkpoint, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
+    for notice in passed_over:
+        terminal.notice(notice)
+    if checkpoint is None and passed_over:
         raise UserError(
-            f"output.dir: {folder} holds a run that did not end. Go on with it: --resume; or start another: "
-            f"output.dir={free}"
+            f"output.dir: {folder} holds no checkpoint that is whole, so there is nothing to go on from. "
+            f"Remove the folder, or start another run: output.dir={free}"
+        )
+    if checkpoint is None:  # it came to nothing, so there is nothing to lose
+        if resume:
+            raise UserError(f"--resume: {folder} holds no checkpoint to go on from; leave it out")
+        return folder, None
+    if resume is False:
+        raise UserError(
+            f"output.dir: {folder} holds a run that did not end. Go on with it: leave --no-resume out; or "
+            f"start another: output.dir={free}"
         )
     stored = configuration.load(folder / runs.CONFIG)
-    differing = [
-        key
+    differing = {
+        key: (configuration.value(stored, key), configuration.value(settings, key))
         for key in configuration.key_paths()
-        if configuration.value(stored, key) != configuration.value(settings, key)
+        if key.partition(".")[0] in TRAINED_BY
         # What was left open at the start was written out when it was found.
         and not (key in RESOLVED and configuration.value(settings, key) is None)
-    ]
-    if differing:
-        raise UserError(
-            f"--resume: {folder} was started with other settings: "
-            + "; ".join(
-                f"{k} {configuration.value(stored, k)} (now {configuration.value(settings, k)})"
-                for k in differing
-            )
-            + f". Go on with its own: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+    }
+    processes = checkpoints.load_state(checkpoint)[0]["processes"]
+    differing["processes"] = (processes, int(os.environ.get("WORLD_SIZE", 1)))
+    changes = "; ".join(
+        f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
+    )
+    if changes:
+        refuse_unless(
+            force,
+            f"{folder} was started with other settings: {changes}. Go on with its own: "
+            f"etude train {folder / runs.CONFIG} --resume output.dir={folder}; start another run: "
+            f"output.dir={free}; or go on all the same: --force",
         )
-    return folder, checkpoints[-1]
+    return folder, checkpoint
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was made."""
-    return int(checkpoint.name.rpartition("-")[2])
+def refuse_unless(force: bool, problem: str) -> None:
+    """Raise `problem` as a UserError, or with `force` only tell it."""
+    if not force:
+        raise UserError(f"--resume: {problem}")
+    terminal.notice(f"--force: {problem}")
 
 
 def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
@@ -220,7 +253,12 @@ def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
 
 
 def start_folder(
-    folder: Path, checkpoint: Path | None, tables: dict[str, data.Table], base: models.Base
+    folder: Path,
+    checkpoint: Path | None,
+    settings: Config,
+    tables: dict[str, data.Table],
+    base: models.Base,
+    force: bool,
 ) -> None:
     """Note what the run starts from; on resume, hold that against what it started from.
 
@@ -232,27 +270,28 @@ def start_folder(
         **{f"{split} data": table.fingerprint for split, table in tables.items()},
         "labels": tables["train"].labels,
     }
-    file = folder / runs.STARTED
-    if checkpoint is None:
-        (folder / runs.METRICS).unlink(missing_ok=True)
-        started = {**facts, "environment": runs.environment()}
-        file.write_text(json.dumps(started, indent=1), encoding="utf-8")
-        return
-    stored = runs.read_json(file)
-    for difference in runs.environment_differences(
-        stored.get("environment", {}), runs.environment()
-    ):
-        terminal.notice(f"since the training began: {difference}")
-    differing = [key for key in facts if facts[key] != stored.get(key)]
-    if differing:
-        raise UserError(
-            f"--resume: since {folder} was started, these changed: {', '.join(differing)}. Bring "
-            "them back, or start another run: output.dir=runs/NAME"
-        )
-    # What was logged after the checkpoint is about to happen again; a torn last line goes too.
-    metrics = folder / runs.METRICS
-    lines = [line for line in report.read_metrics(metrics) if line["step"] <= step_of(checkpoint)]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    environment = runs.environment()
+    metrics, lines = folder / runs.METRICS, []
+    if checkpoint:
+        stored = runs.read_json(folder / runs.STARTED)
+        for difference in runs.environment_differences(stored.get("environment", {}), environment):
+            terminal.notice(f"since the training began: {difference}")
+        differing = [key for key in facts if facts[key] != stored.get(key)]
+        if differing:
+            refuse_unless(
+                force,
+                f"since {folder} was started, these changed: {', '.join(differing)}. Bring them back, "
+                "start another run: output.dir=runs/NAME; or go on all the same: --force",
+            )
+        # What was logged after the checkpoint is about to happen again; a torn last line goes too.
+        step = checkpoints.step_of(checkpoint)
+        lines = [line for line in report.read_metrics(metrics) if line["step"] <= step]
+    # The configuration first: with it, what a kill leaves here is known as a run.
+    checkpoints.write_text(folder / runs.CONFIG, configuration.to_yaml(settings))
+    checkpoints.write_text(
+        folder / runs.STARTED, json.dumps({**facts, "environment": environment}, indent=1)
+    )
+    checkpoints.write_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:
@@ -354,10 +393,12 @@ def fit(
     from etude import trainer
 
     steps = trainer.steps(settings, len(examples["train"]))
-    if settings.training.warmup_steps >= 1 and settings.training.warmup_steps >= steps:
+    share = settings.training.warmup_steps
+    warmup = math.ceil(share * steps) if share < 1 else share
+    if warmup >= steps:  # the first step's learning rate is zero
         raise UserError(
-            f"training.warmup_steps: {settings.training.warmup_steps:g} is not shorter than the training, which has "
-            f"{steps} steps; lower it, or give a share such as 0.03"
+            f"training.warmup_steps: {share:g} is not shorter than the training, which has {steps} "
+            "steps, so the learning rate would never rise; lower it, set 0, or train longer"
         )
     cutter, engine = prepare(model, settings, place, examples["train"], steps)
     terminal.say("engine", engine)
@@ -376,25 +417,17 @@ def fit(
         loop = trainer.StepTrainer(
             cutter=cutter,
             model=model,
-            args=trainer.arguments(settings, place, folder, "validation" in examples),
+            args=trainer.arguments(
+                settings, place, folder, len(examples["train"]), "validation" in examples
+            ),
             train_dataset=examples["train"],
             eval_dataset=examples.get("validation"),
             callbacks=[*callbacks, recorder],
         )
         recorder.trainer = loop
         loop.remove_callback(transformers.PrinterCallback)
-        try:
-            loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except KeyboardInterrupt:
-            saved = any((folder / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
-            raise KeyboardInterrupt(
-                f"stopped at step {loop.state.global_step} of {steps}; "
-                + (
-                    f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
-                    if saved
-                    else "no checkpoint was made yet"
-                )
-            ) from None
+        with stoppable(loop, folder):
+            loop.run(checkpoint)
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise UserError(
             "The adapter holds numbers that are not finite, so it was not saved. Lower "
@@ -411,6 +444,55 @@ def fit(
         "eval_loss": loop.state.best_metric,
         "engine": engine,
     }
+
+
+@contextlib.contextmanager
+def stoppable(loop: Any, folder: Path) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the training after its step, with a checkpoint; twice, at once.
+
+    Raises:
+        KeyboardInterrupt: with what to say and the exit code, 128 + the signal's number.
+        UserError: another process of the same training is gone.
+    """
+    from etude.trainer import Stopped
+
+    code = terminal.INTERRUPTED
+    go_on = f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal code
+        code = 128 + number
+        if loop.stop:
+            checkpoint, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+            saved = go_on if checkpoint else "no checkpoint was made yet"
+            raise KeyboardInterrupt(f"left at once; {saved}", code)
+        loop.stop = True
+        terminal.err.print(
+            "stopping after this step, with a checkpoint; once more to leave at once"
+        )
+
+    # Python lets only the main thread set them.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    except Stopped:
+        state = loop.state
+        raise KeyboardInterrupt(
+            f"stopped at step {state.global_step} of {state.max_steps}; {go_on}", code
+        ) from None
+    except RuntimeError as error:
+        if loop.args.world_size > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+            raise UserError(
+                f"step {loop.state.global_step + 1}: another process of this training is gone "
+                f"({first_line(error):.200}). Its own message stands above, if it could give one; {go_on}, "
+                "with as many processes"
+            ) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare(

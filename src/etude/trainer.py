@@ -1,5 +1,6 @@
 """transformers.Trainer with our passes and our loss plugged in."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from etude import batching, checkpoints, lora
 from etude.config import Config
@@ -80,6 +81,27 @@ class StepTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._zero_told = False
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from `checkpoint` on if there is one; the best adapter is in the model at the end.
+
+        Raises:
+            UserError: the checkpoint with the best adapter was damaged in the meantime.
+        """
+        progress = checkpoints.load_state(checkpoint)[0] if checkpoint else None
+        if checkpoint and progress and progress["ended"]:
+            lora.restore(self.model, checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.step_loss = progress["step_loss"]
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        best = self.state.best_global_step
+        if best and best != self.state.global_step:
+            chosen = Path(str(self.args.output_dir)) / checkpoints.name(best)
+            reason = checkpoints.why_not(chosen)
+            if reason:
+                raise UserError(f"{chosen}, which holds the best adapter: {reason}; train again")
+            lora.restore(self.model, chosen)
 
     def get_train_dataloader(self) -> Any:
         """A loader of whole steps in the order of `Order`."""
@@ -186,10 +208,9 @@ class StepTrainer(Trainer):
     def _not_finite(self, what: str, examples: list[Example]) -> UserError:
         """What to say when the step's loss or gradient is not a number, with the rows it came from."""
         # A pass shares its numbers, so the rows are asked one by one.
+        single = dataclasses.replace(self._cutter, rows=1, why_padded="one by one")
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            single = (batch.to(self.args.device, self._cutter.dtype)
-                      for batch in batching.pad(examples, 1))  # fmt: skip
-            sums = batching.sum_by_example(self.model, single, len(examples)) if examples else []
+            sums = batching.sum_by_example(self.model, single(examples), len(examples))
         guilty = [
             example for example, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)
         ]
@@ -282,12 +303,14 @@ class StepTrainer(Trainer):
             torch.distributed.all_gather(every, own)
             tensors["random.cpu"] = torch.stack(every)
         if self.args.should_save:
-            groups, moments = checkpoints.split_optimizer(self.optimizer.state_dict())
+            optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler
+            groups, moments = checkpoints.split_optimizer(optimizer.state_dict())
             scaler = self.accelerator.scaler
+            states: Any = self.state.stateful_callbacks
             for callback in (*self.callback_handler.callbacks, self.control):
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    states[type(callback).__name__] = callback.state()
             progress = {
                 "step": step,
                 "ended": self.control.should_training_stop,
@@ -301,7 +324,7 @@ class StepTrainer(Trainer):
                 "scaler": scaler.state_dict() if scaler else None,
                 "random": values,
             }
-            home = Path(self.args.output_dir)
+            home = Path(str(self.args.output_dir))
             with checkpoints.writing(home / checkpoints.name(step)) as work:
                 lora.save(self.model, work)
                 self.state.save_to_json(str(work / TRAINER_STATE_NAME))
@@ -317,8 +340,9 @@ class StepTrainer(Trainer):
         if checkpoint is None:
             return
         progress, tensors = checkpoints.load_state(Path(checkpoint))
-        self.optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
+        optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
+        optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
         scheduler.load_state_dict(progress["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
@@ -365,12 +389,6 @@ class Recorder(TrainerCallback):
         self._started = time.perf_counter()
         self.first_step = state.global_step
         self._first_tokens = self.trainer.tokens_seen
-        scheduler = kwargs["lr_scheduler"]
-        if not any(scheduler.lr_lambdas[0](step) for step in range(state.max_steps)):
-            raise UserError(
-                f"training.warmup_steps: with {state.max_steps} steps the learning rate never rises above "
-                "zero, so nothing would be learnt; set warmup_steps: 0, or train longer"
-            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
