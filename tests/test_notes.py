@@ -4,6 +4,7 @@ import importlib.util
 import random
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,7 @@ def test_notes_in_the_wrong_place_are_refused(code, line, wrong):
 def test_code_that_looks_like_a_note_is_refused():
     source = "x = 1\n# WHAT: a comment of the code's own\n"
     text = notes.skeleton("src/etude/x.py", source).replace("TODO: ", "")
-    with pytest.raises(notes.Broken, match="line 2 of src/etude/x.py looks like a note"):
+    with pytest.raises(notes.Broken, match=r"line 2 of src/etude/x\.py looks like a note"):
         notes.synced("src/etude/x.py", page("src/etude/x.py", "y = 1\n"), source, None)
     (fault,) = notes.check_page("src/etude/x.py", text, source, None)
     assert "line 2 of src/etude/x.py looks like a note" in fault.text
@@ -388,10 +389,7 @@ def test_sync_loses_no_note_marks_what_changed_and_leaves_the_rest():
         # What stands outside of the code is as it was.
         before, held = notes.split(text), notes.read_page(file, text).held
         outside = ["".join(before[: held[0].first + 1]), "".join(before[held[-1].last :])]
-        outside += [
-            f"\n{''.join(before[a.last : b.first + 1])}"
-            for a, b in zip(held, held[1:], strict=False)
-        ]
+        outside += [f"\n{''.join(before[a.last : b.first + 1])}" for a, b in pairwise(held)]
         assert after.startswith(outside[0])
         assert all(after.count(part) == text.count(part) for part in outside)
         # check tells of the marks, the orphans and what is new without notes; of nothing else.
