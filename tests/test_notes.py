@@ -1,6 +1,5 @@
 """tools/notes.py: pages equal their code, every drift is seen, and sync loses no note."""
 
-import importlib.util
 import random
 import sys
 from collections import Counter
@@ -10,26 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("notes", ROOT / "tools" / "notes.py")
-notes = importlib.util.module_from_spec(spec)
-sys.modules["notes"] = notes
-spec.loader.exec_module(notes)
+sys.path.insert(0, str(ROOT / "tools"))  # as for python tools/notes.py
+
+import notes  # noqa: E402
+import notes_page  # noqa: E402
+import notes_sync  # noqa: E402
 
 FILES = sorted(notes.code_files(ROOT).values())
 SOURCES = {file: notes.read(ROOT / file) for file in FILES}
 PYTHON = [
-    file for file in FILES if file.endswith(".py") and notes.statements(SOURCES[file], "python")
+    file
+    for file in FILES
+    if file.endswith(".py") and notes_page.statements(SOURCES[file], "python")
 ]
 
 
 def language(file):
-    return notes.LANGUAGE[Path(file).suffix]
+    return notes_page.LANGUAGE[Path(file).suffix]
 
 
 def page(file, source, wanted=lambda number: True, cuts=()):
     """A finished page: WHAT and WHY, each with a text of its own, under every wanted statement."""
     under = {}
-    for number, item in enumerate(notes.statements(source, language(file))):
+    for number, item in enumerate(notes_page.statements(source, language(file))):
         if wanted(number) and not item.is_docstring:
             kinds = [
                 f"{item.indent}# {kind}: {kind.lower()} of {number}.\n" for kind in ("WHAT", "WHY")
@@ -42,14 +44,14 @@ def page(file, source, wanted=lambda number: True, cuts=()):
     cut = f"{ticks}\n\nMore prose.\n\n{ticks}{language(file)}\n"
     lines = [
         part
-        for at, line in enumerate(notes.split(source))
+        for at, line in enumerate(notes_page.split(source))
         for part in ((cut if at in cuts else "") + line, *under.get(at, []))
     ]
     return f"{head}{language(file)}\n{''.join(lines)}{tail}"
 
 
 def lock(file, text):
-    return notes.written(notes.fresh(notes.read_page(file, text)).values())
+    return notes_page.written(notes_page.fresh(notes_page.read_page(file, text)).values())
 
 
 def faults(file, text, source):
@@ -59,7 +61,9 @@ def faults(file, text, source):
 def texts(text):
     """Every note of a page, wherever it stands, marks left out."""
     lines = (line.strip() for line in text.splitlines())
-    return Counter(line for line in lines if notes.NOTE.match(line) and line != notes.STALE)
+    return Counter(
+        line for line in lines if notes_page.NOTE.match(line) and line != notes_page.STALE
+    )
 
 
 # --- pages and code ------------------------------------------------------------------------------
@@ -70,15 +74,19 @@ def test_files_are_found_and_no_two_share_a_page():
         FILES
     )
     assert "tools/lock.sh" in FILES and not any(file.startswith("tests/") for file in FILES)
-    assert len(notes.code_files(ROOT)) == len({notes.page_of(file) for file in FILES}) == len(FILES)
-    assert notes.page_of("src/etude/chat.py") == "chat.py.md"
-    assert notes.page_of("benchmarks/train.py") == "benchmarks-train.py.md"
+    assert (
+        len(notes.code_files(ROOT))
+        == len({notes_page.page_of(file) for file in FILES})
+        == len(FILES)
+    )
+    assert notes_page.page_of("src/etude/chat.py") == "chat.py.md"
+    assert notes_page.page_of("benchmarks/train.py") == "benchmarks-train.py.md"
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_skeleton_holds_the_code_and_only_writing_is_missing(file):
     text = notes.skeleton(file, SOURCES[file])
-    assert "".join(notes.read_page(file, text).code) == SOURCES[file]
+    assert "".join(notes_page.read_page(file, text).code) == SOURCES[file]
     found = notes.check_page(file, text, SOURCES[file], None)
     assert len(found) == len(notes.SECTIONS)
     assert all("TODO" in fault.text for fault in found)
@@ -89,7 +97,7 @@ def test_a_finished_page_has_no_fault(file):
     text = page(file, SOURCES[file])
     assert texts(text).total() > SOURCES[file].count("\n") / 20
     assert faults(file, text, SOURCES[file]) == []
-    read = notes.read_page(file, text)
+    read = notes_page.read_page(file, text)
     assert "".join(read.code) == SOURCES[file]
     assert len(read.noted) == sum(not s.is_docstring for s in read.statements)
     cut = page(file, SOURCES[file], cuts=[s.first for s in read.statements[3::40]])
@@ -146,7 +154,7 @@ class C(
 
 
 def test_traps():
-    found = notes.statements(TRAPS, "python")
+    found = notes_page.statements(TRAPS, "python")
     heads = [(s.text.split("\n")[0], s.scope) for s in found]
     assert heads[:6] == [
         ('"""Module.', ""), ("import os as \\", ""), ("@decorate(", "f"), ("@other", "f"),
@@ -211,7 +219,7 @@ def test_odd_files(source):
 )
 def test_notes_in_the_wrong_place_are_refused(code, line, wrong):
     source = "".join(
-        line for line in notes.split(code) if "# WH" not in line and "# Why" not in line
+        line for line in notes_page.split(code) if "# WH" not in line and "# Why" not in line
     )
     text = page("src/etude/x.py", "pass\n", lambda _: False).replace("\npass\n", f"\n{code}")
     found = notes.check_page("src/etude/x.py", text, source, "")
@@ -222,8 +230,8 @@ def test_notes_in_the_wrong_place_are_refused(code, line, wrong):
 def test_code_that_looks_like_a_note_is_refused():
     source = "x = 1\n# WHAT: a comment of the code's own\n"
     text = notes.skeleton("src/etude/x.py", source).replace("TODO: ", "")
-    with pytest.raises(notes.Broken, match=r"line 2 of src/etude/x\.py looks like a note"):
-        notes.synced("src/etude/x.py", page("src/etude/x.py", "y = 1\n"), source, None)
+    with pytest.raises(notes_page.Broken, match=r"line 2 of src/etude/x\.py looks like a note"):
+        notes_sync.synced("src/etude/x.py", page("src/etude/x.py", "y = 1\n"), source, None)
     (fault,) = notes.check_page("src/etude/x.py", text, source, None)
     assert "line 2 of src/etude/x.py looks like a note" in fault.text
     (fault,) = notes.check_page("src/etude/x.py", page("src/etude/x.py", "x = 1\n"), "x = 1", None)
@@ -234,13 +242,13 @@ def test_the_four_programs_and_config_yml_need_what_and_why_everywhere():
     for file in ("src/etude/main.py", "config.yml"):
         text = page(file, SOURCES[file])
         lines = text.split("\n")
-        for at in [at for at, line in enumerate(lines) if notes.NOTE.match(line)][::7]:
+        for at in [at for at, line in enumerate(lines) if notes_page.NOTE.match(line)][::7]:
             less = "\n".join(lines[:at] + lines[at + 1 :])
             (fault,) = notes.check_page(file, less, SOURCES[file], lock(file, less))
             assert "for this statement" in fault.text and fault.line <= at + 1
     # Elsewhere one WHAT will do, in each function, class and run of top-level statements.
     file = "src/etude/lora.py"
-    found = notes.statements(SOURCES[file], "python")
+    found = notes_page.statements(SOURCES[file], "python")
     first = {}
     for number, item in enumerate(found):
         if not item.is_docstring:
@@ -283,7 +291,7 @@ def test_title_sections_and_fences():
 
 def mutated(source, item, chance):
     """The source with one line of a statement changed, by one of several means; and that line."""
-    lines = notes.split(source)
+    lines = notes_page.split(source)
     at = chance.randrange(item.first, item.last + 1)
     way = chance.choice(["word", "drop", "twice", "blank", "comment", "letter"])
     if way == "drop":
@@ -309,12 +317,12 @@ def test_every_change_of_code_is_caught_with_its_line():
     exact = 0
     for _ in range(200):
         file = chance.choice([file for file in FILES if file != "src/etude/__init__.py"])
-        item = chance.choice(notes.statements(SOURCES[file], language(file)))
+        item = chance.choice(notes_page.statements(SOURCES[file], language(file)))
         source, at = mutated(SOURCES[file], item, chance)
         (fault,) = notes.check_page(file, pages[file], source, locks[file])
-        assert f"sync {notes.page_of(file)}" in fault.text
+        assert f"sync {notes_page.page_of(file)}" in fault.text
         # Where equal lines stand together, the first difference lies below the line changed.
-        read, line = notes.read_page(file, pages[file]), SOURCES[file].split("\n")[at]
+        read, line = notes_page.read_page(file, pages[file]), SOURCES[file].split("\n")[at]
         between = [*read.where, read.held[-1].last].index(fault.line - 1) - at
         assert all(other == line for other in SOURCES[file].split("\n")[at : at + between])
         exact += between == 0
@@ -324,10 +332,10 @@ def test_every_change_of_code_is_caught_with_its_line():
 def edited(source, chance):
     """The source after one to three edits that leave it Python: change, insert, move, delete."""
     for _ in range(chance.randint(1, 3)):
-        lines = notes.split(source)
+        lines = notes_page.split(source)
         simple = [
             item
-            for item in notes.statements(source, "python")
+            for item in notes_page.statements(source, "python")
             if not item.is_docstring and not item.text.startswith("@") and ends_itself(item)
         ]
         item = chance.choice(simple)
@@ -366,20 +374,20 @@ def test_sync_loses_no_note_marks_what_changed_and_leaves_the_rest():
     marked = orphaned = unmarked = 0
     for _ in range(50):
         file = chance.choice([file for file in PYTHON if len(SOURCES[file]) > 2000])
-        old = notes.statements(SOURCES[file], "python")
+        old = notes_page.statements(SOURCES[file], "python")
         text = page(file, SOURCES[file], cuts=[old[len(old) // 2].first] * chance.randrange(2))
         source = edited(SOURCES[file], chance)
-        after, after_lock = notes.synced(file, text, source, lock(file, text))
-        read = notes.read_page(file, after)
+        after, after_lock = notes_sync.synced(file, text, source, lock(file, text))
+        read = notes_page.read_page(file, after)
         assert "".join(read.code) == source
         assert texts(after) == texts(text)
-        assert notes.synced(file, after, source, after_lock) == (after, after_lock)
+        assert notes_sync.synced(file, after, source, after_lock) == (after, after_lock)
         # A note without a mark stands under the very statement it was written for.
         lines = after.split("\n")
         for number, rows in read.noted.items():
             written_for = old[int(lines[rows[0]].rpartition(" ")[2].rstrip("."))]
             now = read.statements[number]
-            if notes.is_stale(read, number):
+            if notes_page.is_stale(read, number):
                 marked += 1
                 assert (written_for.scope, written_for.text) != (now.scope, now.text)
             else:
@@ -387,7 +395,7 @@ def test_sync_loses_no_note_marks_what_changed_and_leaves_the_rest():
                 assert (written_for.scope, written_for.text) == (now.scope, now.text)
         orphaned += "\n## Orphaned notes\n" in after
         # What stands outside of the code is as it was.
-        before, held = notes.split(text), notes.read_page(file, text).held
+        before, held = notes_page.split(text), notes_page.read_page(file, text).held
         outside = ["".join(before[: held[0].first + 1]), "".join(before[held[-1].last :])]
         outside += [f"\n{''.join(before[a.last : b.first + 1])}" for a, b in pairwise(held)]
         assert after.startswith(outside[0])
@@ -405,24 +413,24 @@ FILE = "src/etude/x.py"
 
 def sync(source, text=None, held=None):
     text = text or page(FILE, SMALL)
-    return notes.synced(FILE, text, source, held or lock(FILE, text))
+    return notes_sync.synced(FILE, text, source, held or lock(FILE, text))
 
 
 def test_sync_follows_moves_and_renames():
     above, _, below = SMALL.partition("\n\n\n")
     moved = f"{below}\n\n{above}\n"
     text, held = sync(moved)
-    assert notes.STALE not in text and notes.check_page(FILE, text, moved, held) == []
+    assert notes_page.STALE not in text and notes.check_page(FILE, text, moved, held) == []
     renamed = SMALL.replace("def f(", "def first(")
     text, held = sync(renamed)
     (fault,) = notes.check_page(FILE, text, renamed, held)  # only the header changed
     assert "the statement above changed" in fault.text
     assert text.split("\n")[fault.line - 4] == "def first(x):"
     indented = "if True:\n" + "".join(
-        f"    {line}" if line.strip() else line for line in notes.split(SMALL)
+        f"    {line}" if line.strip() else line for line in notes_page.split(SMALL)
     )
     text, _ = sync(indented)
-    assert notes.STALE not in text and "        # WHAT: what of 1.\n" in text
+    assert notes_page.STALE not in text and "        # WHAT: what of 1.\n" in text
 
 
 def test_sync_keeps_the_notes_of_code_that_is_gone():
@@ -446,17 +454,20 @@ def test_sync_lengthens_a_fence_that_the_code_would_close():
 
 def test_sync_refuses_a_page_whose_notes_are_misplaced():
     text = page(FILE, SMALL).replace("    return y\n", "\n# WHAT: lost\n    return y\n")
-    with pytest.raises(notes.Broken, match="directly under a statement; move it there, then sync"):
+    with pytest.raises(
+        notes_page.Broken, match="directly under a statement; move it there, then sync"
+    ):
         sync(SMALL + "x = 1\n", text)
 
 
 def test_sync_follows_a_key_of_yaml_whatever_its_value_becomes():
     old, new = "a:\n  b: 1  # one\n  c: 2\n", "a:\n  z: 0\n  b: [many, others]\n  c: 2\n"
-    text, _ = notes.synced("config.yml", page("config.yml", old), new, None)
+    text, _ = notes_sync.synced("config.yml", page("config.yml", old), new, None)
     assert (
-        f"  b: [many, others]\n  # WHAT: what of 1.\n  # WHY: why of 1.\n  {notes.STALE}\n" in text
+        f"  b: [many, others]\n  # WHAT: what of 1.\n  # WHY: why of 1.\n  {notes_page.STALE}\n"
+        in text
     )
-    assert text.count(notes.STALE) == 1
+    assert text.count(notes_page.STALE) == 1
 
 
 def test_accept_clears_a_mark_and_locks_the_statement():
@@ -464,12 +475,12 @@ def test_accept_clears_a_mark_and_locks_the_statement():
     text, held = sync(source)
     (fault,) = notes.check_page(FILE, text, source, held)
     assert f"accept x.py.md:{fault.line}" in fault.text
-    after, after_lock = notes.accepted(FILE, text, held, [fault.line])
-    assert after == text.replace(f"    {notes.STALE}\n", "")
+    after, after_lock = notes_sync.accepted(FILE, text, held, [fault.line])
+    assert after == text.replace(f"    {notes_page.STALE}\n", "")
     assert notes.check_page(FILE, after, source, after_lock) == []
     assert after_lock == lock(FILE, after)
-    with pytest.raises(notes.Broken, match="no statement with notes is here"):
-        notes.accepted(FILE, text, held, [1])
+    with pytest.raises(notes_page.Broken, match="no statement with notes is here"):
+        notes_sync.accepted(FILE, text, held, [1])
 
 
 def test_code_and_page_changed_together_are_caught_by_the_lock():
@@ -479,7 +490,7 @@ def test_code_and_page_changed_together_are_caught_by_the_lock():
     (fault,) = notes.check_page(FILE, text, source, lock(FILE, before))
     assert "since its notes were locked" in fault.text
     assert text.split("\n")[fault.line - 1] == "    y = x + 2"
-    after, held = notes.accepted(FILE, text, lock(FILE, before), [fault.line])
+    after, held = notes_sync.accepted(FILE, text, lock(FILE, before), [fault.line])
     assert after == text and notes.check_page(FILE, text, source, held) == []
     # The notes' own words may change; a lock that is missing or holds too much is told of.
     assert notes.check_page(FILE, text.replace("why of", "because"), source, held) == []
@@ -496,10 +507,10 @@ def checkout(tmp_path, monkeypatch):
     files = {FILE: SMALL, "config.yml": "a:\n  b: 1  # one\n"}
     for file, source in files.items():
         notes.write(tmp_path / file, source)
-        notes.write(tmp_path / "COMMENTED_CODE" / notes.page_of(file), page(file, source))
+        notes.write(tmp_path / "COMMENTED_CODE" / notes_page.page_of(file), page(file, source))
     for name in [*notes.LINKING, "COMMENTED_CODE/README.md"]:
         notes.write(tmp_path / name, "# A `b_c` [d](README.md): e!\n")
-    monkeypatch.setattr(notes, "code_files", lambda root: {notes.page_of(f): f for f in files})
+    monkeypatch.setattr(notes, "code_files", lambda root: {notes_page.page_of(f): f for f in files})
     return tmp_path
 
 
@@ -542,10 +553,10 @@ def test_the_set_of_pages_is_the_set_of_code_files(checkout, capsys):
     (checkout / "README.md").unlink()
     assert command(checkout, "check") == 1
     out = capsys.readouterr().out
-    assert "y.py.md:1: no code file in git has this page" in out
-    assert "z.py.lock:1: no code file in git has this lock" in out
+    assert "y.py.md:1: belongs to no code file in git" in out
+    assert "z.py.lock:1: belongs to no code file in git" in out
     assert "config.yml.md:1: the page is missing" in out
-    assert "README.md:1: is missing" in out
+    assert "README.md:1: the file is missing" in out
     assert command(checkout, "check", "xx.py.md") == 2
     assert "nearest is x.py.md" in capsys.readouterr().err
 
@@ -562,7 +573,7 @@ def test_links_are_followed(checkout, capsys):
     assert command(checkout, "check") == 1
     out = capsys.readouterr().out
     assert [line.split(":")[1] for line in out.splitlines()] == ["1", "2", "3", "4"]
-    assert "#tradeoffs in x.py.md leads nowhere; nearest is #trade-offs" in out
+    assert "no #tradeoffs in x.py.md; nearest is #trade-offs" in out
 
 
 def test_outside_of_git_it_says_so(tmp_path, capsys):
