@@ -33,11 +33,11 @@ from notes_page import (
     LANGUAGE,
     NOTE,
     ORPHANS,
-    STALE,
     Broken,
     Fault,
     Page,
     fresh,
+    is_stale,
     kind,
     kinds,
     longest_run,
@@ -68,9 +68,10 @@ def check_page(file: str, text: str, source: str, lock: str | None) -> list[Faul
     """Every fault of one page, in the order of its lines."""
     try:
         page = read_page(file, text)
-        faults = sorted(outline_faults(file, page) + code_faults(file, page, source))
-        # Once the code is not the file's, what its notes and its lock say is beside the point.
-        return faults or sorted(note_faults(file, page) + lock_faults(file, page, lock))
+        faults = code_faults(file, page, source)
+        if not faults:  # else what stands under its statements is beside the point
+            faults = note_faults(file, page) + lock_faults(file, page, lock)
+        return sorted(outline_faults(file, page) + faults)
     except Broken as error:
         return [error.fault]
 
@@ -369,7 +370,7 @@ def run(root: Path, command: str, names: list[str]) -> int:
         faults = check(root, files, names)
         print("\n".join(faults) or total(coverage(root, files, chosen(files, names))))
         if faults:
-            print(f"{len(faults)} faults", file=sys.stderr)
+            print(f"{len(faults)} fault{'s' * (len(faults) > 1)}", file=sys.stderr)
         return bool(faults)
     if command == "coverage":
         rows = coverage(root, files, chosen(files, names))
@@ -398,12 +399,12 @@ def run(root: Path, command: str, names: list[str]) -> int:
             else:
                 text, lock = synced(file, text, source, lock)
                 write(path, text)
-                marks, lost = (
-                    text.count(STALE),
-                    text.partition(f"\n## {ORPHANS}\n")[2].count("\nFrom "),
-                )
-                if marks or lost:
-                    print(f"{FOLDER}/{page}: {marks} statements with notes to read, {lost} gone")
+                after = read_page(file, text)
+                marks = sum(is_stale(after, number) for number in after.noted)
+                gone = text.partition(f"\n## {ORPHANS}\n")[2].count("\nFrom ")
+                if marks or gone:
+                    print(f"{FOLDER}/{page}: {marks} changed statements whose notes are to be read, {gone} "
+                          f"that are gone; run: python tools/notes.py check {page}")  # fmt: skip
             if lock is not None:
                 write(lock_path(root, page), lock)
         except Broken as error:

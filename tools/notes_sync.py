@@ -29,7 +29,9 @@ from notes_page import (
 def likeness(one: str, other: str) -> float:
     """How alike two statements are, from 0 to 1."""
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.ratio() if matcher.real_quick_ratio() > 0.5 else 0.0
+    # The first two are bounds of the third, and soon computed.
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio)
+    return matcher.ratio() if all(bound() > 0.4 for bound in bounds) else 0.0
 
 
 def subject(item: Statement) -> str:
