@@ -26,14 +26,6 @@ from notes_page import (
 )
 
 
-def likeness(one: str, other: str) -> float:
-    """How alike two statements are, from 0 to 1."""
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    # The first two are bounds of the third, and soon computed.
-    bounds = (matcher.real_quick_ratio, matcher.quick_ratio)
-    return matcher.ratio() if all(bound() > 0.4 for bound in bounds) else 0.0
-
-
 def subject(item: Statement) -> str:
     """What a statement defines, assigns, calls or, in YAML, sets."""
     found = re.match(r"(?:def |class )?[\w.]+(?=\s*[:=(])", item.text)
@@ -80,18 +72,22 @@ def carry(
             pairs[i] = moved
             free.remove(moved)
     ends = pairs | {-1: -1, len(old): len(new)}
-    for same_scope in (True, False):
+    for same_scope, least in ((True, 0.5), (False, 0.75)):
         scores = []
         for i in (number for number in wanted if number not in pairs):
-            for j in free:
-                if same_scope == (old[i].scope == new[j].scope):
-                    between = ends.get(i - 1) == j - 1 and ends.get(i + 1) == j + 1
-                    score = likeness(old[i].text, new[j].text)
-                    if same_scope:
-                        score += 0.5 * between + 0.5 * (subject(old[i]) == subject(new[j]) != "")
-                    scores.append((-score, abs(i - j), i, j))
-        for score, _, i, j in sorted(scores):
-            if -score >= (0.5 if same_scope else 0.75) and i not in pairs and j in free:
+            alike = difflib.SequenceMatcher(None, "", old[i].text, autojunk=False)
+            for j in (j for j in free if same_scope == (old[i].scope == new[j].scope)):
+                score = 0.0
+                if same_scope:
+                    score += 0.5 * (ends.get(i - 1) == j - 1 and ends.get(i + 1) == j + 1)
+                    score += 0.5 * (subject(old[i]) == subject(new[j]) != "")
+                alike.set_seq1(new[j].text)
+                # The first two are upper bounds of the third, and soon computed.
+                ratios = (alike.real_quick_ratio, alike.quick_ratio, alike.ratio)
+                if all(score + ratio() >= least for ratio in ratios):
+                    scores.append((-score - alike.ratio(), abs(i - j), i, j))
+        for _, _, i, j in sorted(scores):
+            if i not in pairs and j in free:
                 pairs[i] = j
                 free.remove(j)
     return pairs
