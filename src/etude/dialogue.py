@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etude.conversation import Message, Renderer
 from etude.errors import UserError
+from etude.foreign import read_text
 
 
 def fit(
@@ -96,7 +97,7 @@ def save(conversation: Conversation, path: Path) -> None:
 def load(path: Path) -> Conversation:
     """Read a conversation that `save` wrote, and check its form."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etude import foreign
 from etude.config import Lora
 from etude.errors import UserError, nearest
 
@@ -96,6 +97,7 @@ def load(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    foreign.check_adapter(folder)
     try:
         with warnings.catch_warnings():
             # PEFT goes on with a fresh adapter where weights find no place: it would change nothing.

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from etude import foreign
 from etude.device import Device
 from etude.errors import UserError, first_line, nearest
 
@@ -78,6 +79,8 @@ def load(
     except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise _explain(name, folder, revision, error) from None
     model, facts = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"model.name {name}: this is an adapter, not a model; name its base here")
     if facts["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise UserError(
             f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
@@ -128,12 +131,10 @@ def locate(name: str) -> Path | None:
             raise UserError(f"model.name {name}: no such file")
         return from_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            hint = (
-                "it is an adapter; name its base here"
-                if (path / "adapter_config.json").is_file()
-                else "no config.json"
-            )
+        # With an adapter_config.json transformers would load what that names, wherever it is.
+        adapter = (path / "adapter_config.json").exists()
+        if adapter or not (path / "config.json").is_file():
+            hint = "it is an adapter; name its base here" if adapter else "no config.json"
             raise UserError(f"model.name {name}: this folder is not a model ({hint})")
         if not list(path.glob("*.safetensors")):
             raise UserError(
@@ -141,6 +142,7 @@ def locate(name: str) -> Path | None:
                 ".pt) can run code and are not read. Convert them: "
                 "model.save_pretrained(FOLDER) with transformers writes safetensors"
             )
+        foreign.check_model(path, name)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
@@ -300,8 +302,8 @@ def _explain(name: str, folder: Path | None, revision: str | None, error: Except
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return UserError(
-            f"model.name {name}: this model needs code from its own folder to run, and Etude runs "
-            "no foreign code. "
+            f"model.name {name}: this model needs code from its own folder to run (auto_map in its "
+            "config files), and Etude runs no foreign code. "
             "Take a model whose architecture transformers itself knows"
         )
     return UserError(

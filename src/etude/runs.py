@@ -1,14 +1,13 @@
 """A run is a folder: config.yml, adapter, manifest.json, metrics.jsonl, plots. This file opens and writes it."""
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude import config as configuration
-from etude import device, lora, models
+from etude import device, foreign, lora, models
 from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError
@@ -16,6 +15,7 @@ from etude.strict_yaml import scalar
 
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+TEMPLATE_LIMIT = 2**20  # bytes
 LIBRARIES = (
     "etude",
     "torch",
@@ -109,7 +109,7 @@ def renderer_for(base: models.Base, config: Config) -> Renderer:
     if config.model.chat_template:
         try:
             file = Path(config.model.chat_template).expanduser()
-            template = file.read_text(encoding="utf-8")
+            template = foreign.read_text(file, TEMPLATE_LIMIT)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"
@@ -124,15 +124,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: unreadable or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        problem = "not a JSON object"
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    raise UserError(
-        f"{path}: cannot be read: {problem}; the run is damaged, train it again"
-    ) from None
+        return foreign.read_json(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error}; the run is damaged, train it again"
+        ) from None
 
 
 def environment() -> dict[str, Any]:

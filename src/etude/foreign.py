@@ -1,0 +1,223 @@
+"""What others wrote is looked at here before a library reads it: files, model and adapter folders."""
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etude.errors import UserError, first_line
+
+TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
+# Keys of config.json that say how many layers are built, and how wide: transformers builds what
+# they say before it looks at a weight.
+LAYERS = re.compile(r"(^|_)layers?$")
+WIDTHS = {
+    "vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads",
+    "num_key_value_heads", "n_embd", "n_head", "n_inner", "d_model", "d_ff", "ffn_dim",
+}  # fmt: skip
+# Settings of PEFT that import a module, rebuild the base or compute for minutes when they are set.
+ADAPTER_OFF = (
+    "megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config",
+    "use_bdlora", "use_qalora",
+)  # fmt: skip
+# Settings that PEFT reads as regular expressions.
+ADAPTER_NAMES = (
+    "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters",
+    "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file: a pipe, a device or a folder would hang or never end.
+
+    Raises:
+        OSError: not there, no regular file, or larger than `limit` bytes.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if facts.st_size > limit:
+        size = f"{facts.st_size:,} bytes, and at most {limit:,} are read"
+        raise OSError(errno.EFBIG, size, str(path))
+    return path.read_bytes()
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """The text of a regular UTF-8 file.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read as that.
+    """
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        ValueError: what is wrong, without the file's name.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def check_model(folder: Path, name: str) -> None:
+    """Refuse a model folder that would hang, grow or lead elsewhere when transformers reads it.
+
+    The numbers of layers and widths in config.json are held against the weight files, for
+    transformers builds what they say before it looks at a weight.
+
+    Raises:
+        UserError: what is wrong and in which file.
+    """
+    where = f"model.name {name}: "
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise UserError(f"{where}{path.name} is neither a file nor a folder; remove it")
+    shapes = _shapes(sorted(folder.glob("*.safetensors")), where)
+    widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        raise UserError(
+            f"{where}config.json cannot be read: {error}; copy the model again"
+        ) from None
+    for key, value in _numbers(config):
+        most = len(shapes) if LAYERS.search(key) else widest if key in WIDTHS else None
+        if most is not None and not 0 <= value <= most:
+            measure = (
+                "has no more tensors than" if LAYERS.search(key) else "no tensor is wider than"
+            )
+            raise UserError(
+                f"{where}config.json says {key}: {value}, and among its weights {measure} {most:,}; "
+                "the two do not belong together, copy the model again"
+            )
+    for index in sorted(folder.glob("*.index.json")):
+        _check_index(index, where)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        try:
+            names = read_json(tokenizer).get("fast_tokenizer_files") or []
+        except ValueError as error:
+            raise UserError(
+                f"{where}tokenizer_config.json cannot be read: {error}; copy the model again"
+            ) from None
+        _plain_names(names, where, tokenizer.name)
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse an adapter folder by which PEFT would unpickle, import a module or compute for ever.
+
+    Raises:
+        UserError: what is wrong and in which file.
+    """
+    where = f"{folder}: "
+    try:
+        config = read_json(folder / "adapter_config.json")
+    except ValueError as error:
+        raise UserError(f"{where}adapter_config.json cannot be read: {error}") from None
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{where}no adapter_model.safetensors in it; pickled weights (adapter_model.bin) can "
+            "run code and are not read. Save the adapter again with PEFT's save_pretrained"
+        )
+    if str(config.get("peft_type")).upper() != "LORA":
+        raise UserError(
+            f"{where}adapter_config.json: peft_type {config.get('peft_type')!r:.40} is not LORA, "
+            "the one kind of adapter that Etude loads"
+        )
+    init = config.get("init_lora_weights", True)
+    on = [key for key in ADAPTER_OFF if config.get(key)]
+    if init not in (True, False, None, "gaussian"):
+        on.append("init_lora_weights")
+    if on:
+        raise UserError(
+            f"{where}adapter_config.json: {on[0]} is set ({config[on[0]]!r:.60}), and with it an "
+            "adapter is more than its weights. Save it again as a plain LoRA adapter"
+        )
+    for key in ADAPTER_NAMES:
+        value = config.get(key) or []
+        names = (
+            [value]
+            if isinstance(value, str)
+            else list(value)
+            if isinstance(value, list | dict)
+            else [None]
+        )
+        if not all(isinstance(each, str) and re.fullmatch(r"[\w.-]+", each) for each in names):
+            raise UserError(
+                f"{where}adapter_config.json: {key} {value!r:.60} is not a list of layer names; a "
+                "pattern can take for ever to match. Write the names out, as [q_proj, v_proj]"
+            )
+    shapes = _shapes([weights], where)
+    widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    wrong = [rank for rank in ranks if type(rank) is not int or not 0 < rank <= widest]
+    if wrong:
+        raise UserError(
+            f"{where}adapter_config.json: the rank {wrong[0]!r:.40} does not belong to its weights, "
+            f"of which none is wider than {widest:,}; copy the adapter again"
+        )
+
+
+def _shapes(files: list[Path], where: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; safetensors checks headers and offsets against the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - a safe_open is no mapping
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{where}{file.name} is not a readable safetensors file: {first_line(error)}; "
+                "copy it again"
+            ) from None
+    return shapes
+
+
+def _numbers(value: object) -> Iterator[tuple[str, int]]:
+    """Every whole number under a key of nested JSON objects."""
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            left += inner.values()
+            yield from ((key, number) for key, number in inner.items() if type(number) is int)
+
+
+def _check_index(index: Path, where: str) -> None:
+    try:
+        files = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise UserError(f"{where}{index.name} cannot be read: {error}; copy it again") from None
+    _plain_names(list(files.values()) if isinstance(files, dict) else [None], where, index.name)
+
+
+def _plain_names(names: object, where: str, file: str) -> None:
+    for name in names if isinstance(names, list) else [names]:
+        if (
+            not isinstance(name, str)
+            or name in ("", "..")
+            or name != os.path.basename(name)
+            or "\\" in name
+        ):
+            raise UserError(
+                f"{where}{file} names the file {name!r:.80}, which is not one of the model's own "
+                "folder; copy the model again"
+            )
