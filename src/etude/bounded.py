@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 3  # of processor time, so that a busy machine refuses nothing; a render takes 0.001
+SECONDS = 2  # of processor time, so that a busy machine refuses nothing; a render takes 0.001
 MEMORY = 2**29  # bytes beyond what the process has
 
 

@@ -342,10 +342,10 @@ def handle(talk: Talk, line: str) -> bool:
         case "show":
             say(overview(talk))
         case "save":
-            save(conversation, Path(rest).expanduser())
+            save(conversation, expanded(rest))
             say(f"Saved to {rest}")
         case "load":
-            talk.conversation = load(Path(rest).expanduser())
+            talk.conversation = load(expanded(rest))
             say(f"{len(talk.conversation.messages)} messages; system prompt: {system_prompt(talk)}")
         case "exit" | "quit":
             return True

@@ -90,8 +90,9 @@ def save(conversation: Conversation, path: Path) -> None:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
         free = next(name for name in names if not name.exists())
         raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name can hold what no file system takes
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written: {reason}") from None
 
 
 def load(path: Path) -> Conversation:

@@ -32,6 +32,11 @@ ADAPTER_NAMES = (
 )  # fmt: skip
 
 
+def expanded(name: str) -> Path:
+    """The path that a user wrote, with ~ for a home; of a user who is not there, as it stands."""
+    return Path(os.path.expanduser(name))
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """The bytes of a regular file: a pipe, a device or a folder would hang or never end.
 

@@ -125,7 +125,7 @@ def locate(name: str) -> Path | None:
     """
     if name == SAMPLE:
         return from_gguf(_sample_file())
-    path = Path(name).expanduser()
+    path = foreign.expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model.name {name}: no such file")

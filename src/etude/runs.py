@@ -50,7 +50,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
     Raises:
         UserError: no such run, one without an adapter, or faults in its configuration.
     """
-    folder = Path(name).expanduser()
+    folder = foreign.expanded(name)
     if lora.is_adapter(folder):
         if (folder / CONFIG).is_file():
             return configuration.load(folder / CONFIG, overrides=overrides)
@@ -79,7 +79,7 @@ def open_target(name: str, overrides: list[str]) -> Target:
         UserError: not there, or an adapter that was trained on another base or chat format.
     """
     config = open_config(name, overrides)
-    folder = Path(name).expanduser()
+    folder = foreign.expanded(name)
     base, renderer = _load(config)
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
@@ -108,7 +108,7 @@ def renderer_for(base: models.Base, config: Config) -> Renderer:
     template = None
     if config.model.chat_template:
         try:
-            file = Path(config.model.chat_template).expanduser()
+            file = foreign.expanded(config.model.chat_template)
             template = foreign.read_text(file, TEMPLATE_LIMIT)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etude.errors import UserError, first_line, nearest
-from etude.foreign import read_bytes
+from etude.foreign import expanded, read_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 FAULTS_SHOWN = 10
@@ -27,7 +27,7 @@ def read(source: str) -> tuple[list[RawRow], str]:
     Raises:
         UserError: no such source, no rows in it, or rows that cannot be read (all, by line).
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix in SUFFIXES or path.exists():
         rows, fingerprint = _read_file(path, source)
     else:

@@ -11,6 +11,7 @@ import yaml
 from etude.errors import UserError
 from etude.foreign import read_text
 
+KEYS_LIMIT = 2000
 KeyPath = tuple[str | int, ...]
 LIMIT = 2**18  # bytes of a file: a configuration has some thousands, and YAML is slow to read
 
@@ -136,6 +137,11 @@ def parse_yaml(text: str, name: str) -> Layer:
             f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that "
             "line"
         ) from None
+    if len(origin) > KEYS_LIMIT:
+        raise UserError(
+            f"{name}: {len(origin):,} keys and list items, and at most {KEYS_LIMIT:,} are read; "
+            "see `etude init` for the keys there are"
+        )
     if not faults and not isinstance(values, dict):
         faults.append(
             f"{name}: sections with keys are expected, not a {type(values).__name__}; see `etude "

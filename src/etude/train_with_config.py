@@ -14,6 +14,7 @@ from etude import batching, data, device, lora, models, report, runs, terminal
 from etude import config as configuration
 from etude.config import Config
 from etude.errors import UserError
+from etude.foreign import expanded
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def open_folder(settings: Config, resume: bool) -> tuple[Path, Path | None]:
     Raises:
         UserError: the folder holds something already, or other settings than those to go on with.
     """
-    folder = Path(settings.output.dir).expanduser()
+    folder = expanded(settings.output.dir)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder, None
     if not (folder / runs.CONFIG).is_file():
