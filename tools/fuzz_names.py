@@ -147,6 +147,7 @@ def furnish(root: Path) -> Path:
     (root / "model/config.json").write_text("{}")
     (root / "model/model.safetensors").write_bytes(weights)
     (root / "runs/run/config.yml").write_text("model:\n  name: model\n")
+    (root / "file.gguf").write_bytes(b"GGUF")
     (root / "runs/link").symlink_to(outside)
     (root / "runs/loop").symlink_to("loop")
     return outside
@@ -154,6 +155,8 @@ def furnish(root: Path) -> Path:
 
 def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     """Try `count` names on everything that makes a path of a name; what was seen, ended and crashed."""
+    import huggingface_hub  # noqa: F401 - what a library reads when it is imported is its own
+
     from etude import config, dialogue, evaluation, foreign, models, runs, sources
     from etude import train_with_config as training
     from etude.errors import UserError
@@ -241,6 +244,11 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
 
     # What no argument and no line typed can hold; a file can.
     impossible = re.compile("[\0\ud800-\udbff]")
+
+    def convert(file: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(bytes(8))
+
+    converter, models._convert = models._convert, convert
     loader, models.load = models.load, load  # type: ignore[assignment]
     try:
         for name in ["runs/run", *names(count, seed)]:
@@ -271,7 +279,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
         if len(caught) < 2:
             watch.violations.append("the negative control, a naive join, was not caught")
     finally:
-        models.load = loader
+        models.load, models._convert = loader, converter
         os.chdir(before)
         shutil.rmtree(home)
     return watch, ends, crashes

@@ -17,6 +17,7 @@ from etude.config import Generation
 from etude.conversation import RenderError
 from etude.dialogue import Conversation, fit, load, save
 from etude.errors import UserError, nearest
+from etude.foreign import expanded
 from etude.generation import Response, generate
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ WIDTHS = {
 ADAPTER_OFF = (
     "megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config",
-    "use_bdlora", "use_qalora",
+    "use_bdlora", "use_qalora", "alora_invocation_tokens",
 )  # fmt: skip
+STRONGEST = 10**6  # lora_alpha
 # Settings that PEFT reads as regular expressions.
 ADAPTER_NAMES = (
     "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters",
@@ -169,6 +170,15 @@ def check_adapter(folder: Path) -> None:
             )
     shapes = _shapes([weights], where)
     widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
+    alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
+    strange = [
+        each for each in alphas if type(each) not in (int, float) or not abs(each) <= STRONGEST
+    ]
+    if strange:
+        raise UserError(
+            f"{where}adapter_config.json: lora_alpha {strange[0]!r:.40} is no strength that numbers "
+            f"can hold; it must be a number up to {STRONGEST:,}"
+        )
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     wrong = [rank for rank in ranks if type(rank) is not int or not 0 < rank <= widest]
     if wrong:
@@ -176,6 +186,19 @@ def check_adapter(folder: Path) -> None:
             f"{where}adapter_config.json: the rank {wrong[0]!r:.40} does not belong to its weights, "
             f"of which none is wider than {widest:,}; copy the adapter again"
         )
+    _check_finite(weights, where)
+
+
+def _check_finite(weights: Path, where: str) -> None:
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            if not tensors.get_tensor(key).isfinite().all():
+                raise UserError(
+                    f"{where}{weights.name}: {key} holds numbers that are not finite; every answer "
+                    "would be broken. Copy the adapter again, or train it again"
+                )
 
 
 def _shapes(files: list[Path], where: str) -> dict[str, tuple[int, ...]]:

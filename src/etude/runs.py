@@ -83,13 +83,18 @@ def open_target(name: str, overrides: list[str]) -> Target:
     base, renderer = _load(config)
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
-        trained_on = manifest.get("base", {}).get("identity")
+        made, chat_format = manifest.get("base"), manifest.get("chat_format")
+        if not isinstance(made, dict) or not isinstance(chat_format, dict):
+            raise UserError(
+                f"{folder / MANIFEST}: no base and chat_format in it; the run is damaged, train it again"
+            )
+        trained_on = made.get("identity")
         if trained_on != base.identity:
             raise UserError(
                 f"{name}: this adapter was trained on another base ({trained_on}) than {config.model.name} is now "
                 f"({base.identity}). Pin model.revision, or give the base it was trained on"
             )
-        renderer.check_state(manifest.get("chat_format", {}), name)
+        renderer.check_state(chat_format, name)
     return Target(base, renderer, config, folder if lora.is_adapter(folder) else None)
 
 
