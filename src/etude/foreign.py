@@ -19,6 +19,7 @@ WIDTHS = {
     "vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads",
     "num_key_value_heads", "n_embd", "n_head", "n_inner", "d_model", "d_ff", "ffn_dim",
 }  # fmt: skip
+MOST_LAYERS = 1000
 # Settings of PEFT that import a module, rebuild the base or compute for minutes when they are set.
 ADAPTER_OFF = (
     "megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config",
@@ -100,15 +101,13 @@ def check_model(folder: Path, name: str) -> None:
         raise UserError(
             f"{where}config.json cannot be read: {error}; copy the model again"
         ) from None
+    deepest = min(len(shapes), MOST_LAYERS)
     for key, value in _numbers(config):
-        most = len(shapes) if LAYERS.search(key) else widest if key in WIDTHS else None
+        most = deepest if LAYERS.search(key) else widest if key in WIDTHS else None
         if most is not None and not 0 <= value <= most:
-            measure = (
-                "has no more tensors than" if LAYERS.search(key) else "no tensor is wider than"
-            )
             raise UserError(
-                f"{where}config.json says {key}: {value}, and among its weights {measure} {most:,}; "
-                "the two do not belong together, copy the model again"
+                f"{where}config.json says {key}: {value}, and by its weight files it is at most "
+                f"{most:,}; the two do not belong together, copy the model again"
             )
     for index in sorted(folder.glob("*.index.json")):
         _check_index(index, where)
@@ -210,7 +209,9 @@ def _shapes(files: list[Path], where: str) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - a safe_open is no mapping
-                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                    shape = tuple(tensors.get_slice(key).get_shape())
+                    if 0 not in shape:  # a tensor without numbers may say any width
+                        shapes[key] = shape
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}{file.name} is not a readable safetensors file: {first_line(error)}; "

@@ -161,7 +161,10 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
     try:
         # In pieces: a small file can hold a value once and say that it stands a billion times.
         for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(1024):
-            size += batch.nbytes
+            size += sum(
+                (column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes
+                for column in batch.columns
+            )
             if size > LIMIT or len(rows) > ROWS_LIMIT:
                 raise ValueError(f"it grows to more than {LIMIT:,} bytes or {ROWS_LIMIT:,} rows")
             rows += batch.to_pylist()
