@@ -239,7 +239,7 @@ def test_absurd_tensor_headers(model, adapter, content):
     ("key", "value"),
     [
         ("num_hidden_layers", 10**9), ("num_hidden_layers", -1), ("vocab_size", 10**12),
-        ("hidden_size", 10**12), ("intermediate_size", 10**9), ("num_attention_heads", 10**9),
+        ("hidden_size", 10**12), ("hidden_size", 40_960), ("intermediate_size", 10**9), ("num_attention_heads", 10**9),
         ("num_key_value_heads", -4), ("head_dim", 10**9), ("n_layer", 10**9),
         ("text_config", {"num_hidden_layers": 10**9}),
     ],
@@ -284,6 +284,42 @@ def test_a_pipe_in_a_model_folder_does_not_hang(model, name):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     assert refusal(models.load, str(model), CPU).startswith("model.name")
+
+
+def test_an_index_of_pickles_is_refused(model, tmp_path):
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    plant(model, tmp_path / "HACKED", ["evil.bin"])
+    index = {"metadata": {"total_size": 1}, "weight_map": {"a": "evil.bin"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no .safetensors file" in refusal(models.load, str(model), CPU)
+    assert not (tmp_path / "HACKED").exists()
+
+
+@pytest.mark.parametrize("value", ["evil/kernel", {"": "evil/kernel"}])
+def test_code_of_the_hub_named_in_a_model_is_refused(model, value):
+    edit(model / "config.json", attn_implementation=value)
+    assert "names code of the Hub" in refusal(models.load, str(model), CPU)
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 28}}, {"pre_tokenizer": SPLIT}],
+    ids=["doubling", "regex"],
+)
+def test_tokenizers_must_end(model, values):
+    edit(model / "tokenizer.json", **values)
+    message = refusal(models.load, str(model), CPU)
+    assert "its tokenizer takes more than" in message or "its tokenizer does not end" in message
+
+
+def test_generation_settings_of_a_model_are_not_its_makers(model):
+    edit(model / "generation_config.json", num_beams=10**6, max_length=10**12)
+    settings = models.load(str(model), CPU).model.generation_config
+    assert settings.num_beams in (None, 1) and settings.eos_token_id == 2
 
 
 def test_a_model_folder_does_not_name_another_base(model, adapter):
@@ -488,7 +524,7 @@ def test_hostile_data(tmp_path, suffix, content, phrase):
     assert phrase in message and len(message) < 10**4
 
 
-def test_a_parquet_file_that_grows_without_end(tmp_path, monkeypatch):
+def test_a_parquet_file_that_grows_without_end(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -497,8 +533,7 @@ def test_a_parquet_file_that_grows_without_end(tmp_path, monkeypatch):
     table = pyarrow.table({"text": once.take(pyarrow.array([0] * 5000))})
     parquet.write_table(table, tmp_path / "d.parquet")
     assert (tmp_path / "d.parquet").stat().st_size < 10**5
-    monkeypatch.setattr(sources, "LIMIT", 10**8)
-    assert "grows to more than" in refusal(sources.read, str(tmp_path / "d.parquet"))
+    assert "grow to more than 134,217,728" in refusal(sources.read, str(tmp_path / "d.parquet"))
 
 
 SPECIAL = {

@@ -155,17 +155,24 @@ def furnish(root: Path) -> Path:
 
 def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     """Try `count` names on everything that makes a path of a name; what was seen, ended and crashed."""
-    import huggingface_hub  # noqa: F401 - what a library reads when it is imported is its own
+    home = Path(tempfile.mkdtemp(prefix="fuzz-names-"))
+    root = home / "root"
+    furnish(root)
+    # The libraries' own caches, set before they are imported.
+    os.environ |= {
+        "ETUDE_CACHE": str(root / "cache"),
+        "HF_HOME": str(root / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    # What a library reads when it is imported is its own.
+    import datasets  # noqa: F401
+    import huggingface_hub  # noqa: F401
 
     from etude import config, dialogue, evaluation, foreign, models, runs, sources
     from etude import train_with_config as training
     from etude.errors import UserError
     from etude.strict_yaml import scalar
 
-    home = Path(tempfile.mkdtemp(prefix="fuzz-names-"))
-    root = home / "root"
-    furnish(root)
-    os.environ["ETUDE_CACHE"] = str(root / "cache")
     before = Path.cwd()
     os.chdir(root)
     watch = Watch(root)

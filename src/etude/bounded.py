@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 2  # of processor time, so that a busy machine refuses nothing; a render takes 0.001
+SECONDS = 1  # of processor time, so that a busy machine refuses nothing; a render takes 0.001
 MEMORY = 2**29  # bytes beyond what the process has
+OUT_OF_MEMORY = 3  # an exit code
 
 
 class TooLong(Exception):
@@ -35,12 +36,9 @@ def why_unbounded(action: Callable[[], object]) -> str | None:
     if child.is_alive():
         child.kill()
         child.join()
-    if child.exitcode == OUT_OF_MEMORY:
+    if child.exitcode in (OUT_OF_MEMORY, -signal.SIGABRT):  # Python's end, and a library's
         return f"takes more than {MEMORY >> 20} MB of memory"
-    return None if child.exitcode == 0 else f"does not end within {SECONDS} seconds"
-
-
-OUT_OF_MEMORY = 3
+    return None if child.exitcode == 0 else f"does not end within {SECONDS} second of work"
 
 
 def _limited(action: Callable[[], object]) -> None:
@@ -54,12 +52,15 @@ def _limited(action: Callable[[], object]) -> None:
         bounds[resource.RLIMIT_AS] = size + MEMORY
     for kind, bound in bounds.items():
         resource.setrlimit(kind, (bound, resource.getrlimit(kind)[1]))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library's last words
     try:
         action()
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except Exception:
         pass
+    except BaseException:  # a panic of a library that is not Python
+        os._exit(1)
     os._exit(0)
 
 

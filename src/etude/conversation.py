@@ -218,7 +218,7 @@ class Renderer:
                 text = self._official(messages, generation_prompt)
         except bounded.TooLong:
             raise UserError(
-                f"The chat template does not end within {bounded.SECONDS} seconds on a "
+                f"The chat template does not end within {bounded.SECONDS} second of work on a "
                 f"conversation of {len(messages)} messages. Give another: "
                 "model.chat_template: FILE.jinja"
             ) from None

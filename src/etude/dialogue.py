@@ -83,6 +83,8 @@ class Conversation:
 
 def save(conversation: Conversation, path: Path) -> None:
     """Write a conversation as JSON to a new file; one that exists is not touched."""
+    if not path.name:
+        raise UserError(f"{path} is no file name; for example: /save talk.json")
     try:
         with path.open("x", encoding="utf-8") as stream:
             json.dump(asdict(conversation), stream, ensure_ascii=False, indent=2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,6 +107,8 @@ def report_folder(name: str, out: Path | None) -> Path:
     # A model's own folder is no place for reports; a run's is.
     run = lora.is_adapter(expanded(name))
     home = expanded(name) if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
+    if not run and not Path(os.path.realpath(home)).is_relative_to(os.path.realpath("runs")):
+        raise UserError(f"{home} is a link that leads out of runs/; give a folder: --out FOLDER")
     folder = expanded(str(out)) if out else home / "evaluation"
     if out and (out / "report.json").exists():
         raise UserError(f"--out: {out} holds a report already; choose another folder")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ WIDTHS = {
     "vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads",
     "num_key_value_heads", "n_embd", "n_head", "n_inner", "d_model", "d_ff", "ffn_dim",
 }  # fmt: skip
+HIDDEN = {"hidden_size", "n_embd", "d_model"}
 MOST_LAYERS = 1000
 # Settings of PEFT that import a module, rebuild the base or compute for minutes when they are set.
 ADAPTER_OFF = (
@@ -36,7 +38,10 @@ ADAPTER_NAMES = (
 
 def expanded(name: str) -> Path:
     """The path that a user wrote, with ~ for a home; of a user who is not there, as it stands."""
-    return Path(os.path.expanduser(name))
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # half a character in the user's name
+        return Path(name)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -101,13 +106,23 @@ def check_model(folder: Path, name: str) -> None:
         raise UserError(
             f"{where}config.json cannot be read: {error}; copy the model again"
         ) from None
-    deepest = min(len(shapes), MOST_LAYERS)
-    for key, value in _numbers(config):
+    entries = list(_entries(config))
+    numbers = [(key, value) for key, value in entries if type(value) is int]
+    hidden = max((value for key, value in numbers if key in HIDDEN), default=1)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    deepest, widest = min(len(shapes), MOST_LAYERS), min(widest, total // max(hidden, 1))
+    for key, value in numbers:
         most = deepest if LAYERS.search(key) else widest if key in WIDTHS else None
         if most is not None and not 0 <= value <= most:
             raise UserError(
                 f"{where}config.json says {key}: {value}, and by its weight files it is at most "
                 f"{most:,}; the two do not belong together, copy the model again"
+            )
+    for key, value in entries:
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise UserError(
+                f"{where}config.json names code of the Hub ({key}: {value!r:.60}), and Etude runs "
+                "no foreign code; remove that line"
             )
     for index in sorted(folder.glob("*.index.json")):
         _check_index(index, where)
@@ -220,14 +235,14 @@ def _shapes(files: list[Path], where: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _numbers(value: object) -> Iterator[tuple[str, int]]:
-    """Every whole number under a key of nested JSON objects."""
+def _entries(value: object) -> Iterator[tuple[str, object]]:
+    """Every key and value of nested JSON objects."""
     left = [value]
     while left:
         inner = left.pop()
         if isinstance(inner, dict):
             left += inner.values()
-            yield from ((key, number) for key, number in inner.items() if type(number) is int)
+            yield from inner.items()
 
 
 def _check_index(index: Path, where: str) -> None:
@@ -235,7 +250,13 @@ def _check_index(index: Path, where: str) -> None:
         files = read_json(index).get("weight_map")
     except ValueError as error:
         raise UserError(f"{where}{index.name} cannot be read: {error}; copy it again") from None
-    _plain_names(list(files.values()) if isinstance(files, dict) else [None], where, index.name)
+    names = list(files.values()) if isinstance(files, dict) else [None]
+    _plain_names(names, where, index.name)
+    if not all(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{where}{index.name} names weights that are no .safetensors file; "
+            "pickled ones can run code and are not read"
+        )
 
 
 def _plain_names(names: object, where: str, file: str) -> None:

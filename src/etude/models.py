@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from etude import foreign
+from etude import bounded, foreign
 from etude.device import Device
 from etude.errors import UserError, first_line, nearest
 
@@ -51,7 +51,7 @@ def load(
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder = locate(name)
     if folder and revision:
@@ -69,6 +69,9 @@ def load(
         weights |= {"quantization_config": _nf4(device), "device_map": {"": device.name}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
+        if reason:
+            raise ValueError(f"its tokenizer {reason}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
@@ -88,6 +91,13 @@ def load(
         )
     if device.name != "cpu" and quantization != "nf4":
         model = model.to(torch.device(device.name))
+    # Its own would be mixed into every generation: beams by the thousand, say. Ours says all.
+    said = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=said.bos_token_id,
+        eos_token_id=said.eos_token_id,
+        pad_token_id=said.pad_token_id,
+    )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name {name}: its tokenizer has no end token, so no answer could end"

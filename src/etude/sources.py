@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,8 @@ from etude.foreign import expanded, read_bytes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 FAULTS_SHOWN = 10
 LIMIT = 2**31  # bytes of a file, and of what a packed one grows to: Python needs several times that
-ROWS_LIMIT = 10**7
+GROWTH = 100  # how many times larger than its file a table may be, once it is larger than FREE
+FREE = 2**27
 
 # A row as it stands in the source: its line (or number, where there are no lines) and its fields.
 RawRow = tuple[int, dict[str, Any]]
@@ -38,14 +40,14 @@ def read(source: str) -> tuple[list[RawRow], str]:
 
 
 def _read_file(path: Path, source: str) -> tuple[list[RawRow], str]:
-    if not path.exists():
+    if not os.path.lexists(path):
         near = (
             nearest(path.name, [p.name for p in path.parent.glob("*")])
             if path.parent.is_dir()
             else None
         )
         raise UserError(
-            f"{source}: no such file (looked in {path.parent.resolve()})"
+            f"{source}: no such file (looked in {path.parent.absolute()})"
             + (
                 f"; did you mean {path.parent / near}?"
                 if near
@@ -157,16 +159,17 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     rows: list[dict[str, Any]] = []
-    size = 0
+    size, most = 0, min(LIMIT, max(FREE, GROWTH * len(data)))
     try:
         # In pieces: a small file can hold a value once and say that it stands a billion times.
         for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(1024):
-            size += sum(
+            # A row costs about so much in Python, whatever stands in it.
+            size += 100 * len(batch) + sum(
                 (column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes
                 for column in batch.columns
             )
-            if size > LIMIT or len(rows) > ROWS_LIMIT:
-                raise ValueError(f"it grows to more than {LIMIT:,} bytes or {ROWS_LIMIT:,} rows")
+            if size > most:
+                raise ValueError(f"its {len(data):,} bytes grow to more than {most:,}")
             rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{source}: not a readable parquet file: {first_line(error)}") from None
