@@ -111,11 +111,11 @@ def check_model(folder: Path, name: str) -> None:
     hidden = max((value for key, value in numbers if key in HIDDEN), default=1)
     total = sum(math.prod(shape) for shape in shapes.values())
     deepest, widest = min(len(shapes), MOST_LAYERS), min(widest, total // max(hidden, 1))
-    for key, value in numbers:
+    for key, number in numbers:
         most = deepest if LAYERS.search(key) else widest if key in WIDTHS else None
-        if most is not None and not 0 <= value <= most:
+        if most is not None and not 0 <= number <= most:
             raise UserError(
-                f"{where}config.json says {key}: {value}, and by its weight files it is at most "
+                f"{where}config.json says {key}: {number}, and by its weight files it is at most "
                 f"{most:,}; the two do not belong together, copy the model again"
             )
     for key, value in entries:
@@ -252,7 +252,7 @@ def _check_index(index: Path, where: str) -> None:
         raise UserError(f"{where}{index.name} cannot be read: {error}; copy it again") from None
     names = list(files.values()) if isinstance(files, dict) else [None]
     _plain_names(names, where, index.name)
-    if not all(name.endswith(".safetensors") for name in names):
+    if not all(str(name).endswith(".safetensors") for name in names):
         raise UserError(
             f"{where}{index.name} names weights that are no .safetensors file; "
             "pickled ones can run code and are not read"
