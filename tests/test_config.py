@@ -49,8 +49,10 @@ def test_every_key_is_written_with_its_comment():
         assert comment and f"  # {comment}" in (lines[at][-len(comment) - 4 :], lines[at - 1]), path
 
 
+# Everything but NUL, which the reader refuses.
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
 NAMES = st.one_of(
-    st.text(min_size=1, max_size=20),
+    st.text(CHARACTERS, min_size=1, max_size=20),
     st.sampled_from(["no", "yes", "null", "~", "1e-5", "1e5", "010", "0x1F", "1_000", "12:30", "true"]),
     st.sampled_from(["#x", "a # b", "a: b", "- a", "[a", "{a", "'", '"', "a\nb", "\u2028", "\x85", "=", "<<"]),
 )  # fmt: skip
@@ -72,7 +74,7 @@ def configs(draw):
             "columns": draw(st.dictionaries(NAMES, NAMES, max_size=2)),
             "labels": draw(st.none() | st.lists(NAMES, min_size=2, max_size=4, unique=True)),
             "instruction": draw(NAMES) + "{labels}" + draw(NAMES) + "{text}" + draw(NAMES),
-            "system_prompt": draw(st.none() | st.text(max_size=30)),
+            "system_prompt": draw(st.none() | st.text(CHARACTERS, max_size=30)),
         },
         "training": {"learning_rate": draw(FLOATS), "warmup_steps": draw(st.floats(0, 1))},
         "generation": {"seed": draw(st.none() | st.integers(0, 2**32 - 1))},

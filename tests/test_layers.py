@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "etude"
 
 LAYERS = [
-    ["__init__", "errors"],
+    ["__init__", "errors", "bounded"],
+    ["foreign"],
     ["strict_yaml", "sources"],
     ["config"],
     ["device", "conversation"],

@@ -17,6 +17,7 @@ from etude.config import Generation
 from etude.conversation import RenderError
 from etude.dialogue import Conversation, fit, load, save
 from etude.errors import UserError, nearest
+from etude.foreign import expanded
 from etude.generation import Response, generate
 
 if TYPE_CHECKING:
@@ -342,10 +343,10 @@ def handle(talk: Talk, line: str) -> bool:
         case "show":
             say(overview(talk))
         case "save":
-            save(conversation, Path(rest).expanduser())
+            save(conversation, expanded(rest))
             say(f"Saved to {rest}")
         case "load":
-            talk.conversation = load(Path(rest).expanduser())
+            talk.conversation = load(expanded(rest))
             say(f"{len(talk.conversation.messages)} messages; system prompt: {system_prompt(talk)}")
         case "exit" | "quit":
             return True

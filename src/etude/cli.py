@@ -8,6 +8,7 @@ import typer
 from etude import chat, data, evaluation, proof, runs, terminal, train_with_config
 from etude import config as configuration
 from etude.errors import UserError
+from etude.foreign import expanded
 
 app = typer.Typer(
     help="Fine-tune a small language model with LoRA from one YAML file, measure it, chat with it.",
@@ -62,7 +63,7 @@ def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
 ) -> None:
     """Prove that a run's adapter lives: its tensors, logits and loss are those of its training."""
-    folder = Path(run).expanduser()
+    folder = expanded(run)
     settings = runs.open_config(run, [])
     expected = proof.read_expected(folder)
     terminal.quiet_transformers()
@@ -88,12 +89,12 @@ def reproduce(
     ] = None,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
-    folder = run.expanduser()
+    folder = expanded(str(run))
     if not (folder / runs.MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {runs.MANIFEST}), so it cannot be repeated")
     manifest = runs.read_json(folder / runs.MANIFEST)
     settings = configuration.check(manifest.get("config", {}), {})
-    again = out.expanduser() if out else folder.with_name(f"{folder.resolve().name}-reproduced")
+    again = expanded(str(out)) if out else folder.with_name(f"{folder.resolve().name}-reproduced")
     output = settings.output.model_copy(update={"dir": str(again)})
     settings = settings.model_copy(update={"output": output})
     elsewhere = runs.environment_differences(manifest.get("environment", {}), runs.environment())

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypedDict
 
-from etude.errors import UserError
+from etude import bounded
+from etude.errors import UserError, first_line
 
 ROLES = ("system", "user", "assistant")
+OUTPUT_LIMIT = 10**6  # characters that a template may write beside the messages
 
 
 class Message(TypedDict):
@@ -99,6 +101,12 @@ class Renderer:
             {"role": "user", "content": "Four?"},
             {"role": "assistant", "content": "Five, six."},
         ]
+        reason = bounded.why_unbounded(lambda: self._try(probe))
+        if reason:
+            raise UserError(
+                f"The chat template cannot be used: it {reason}. Give another: "
+                "model.chat_template: FILE.jinja"
+            )
         try:
             example = self.render(probe)
         except RenderError as error:
@@ -205,8 +213,6 @@ class Renderer:
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         if self.template is None:
             raise UserError(
                 "The tokenizer of this model has no chat template, so conversations cannot be "
@@ -214,16 +220,47 @@ class Renderer:
                 "model.chat_template: FILE.jinja"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
+            with bounded.time_limit():
+                text = self._official(messages, generation_prompt)
+        except bounded.TooLong:
+            raise UserError(
+                f"The chat template does not end within {bounded.SECONDS} second of work on a "
+                f"conversation of {len(messages)} messages. Give another: "
+                "model.chat_template: FILE.jinja"
+            ) from None
+        except Exception as error:  # a template can divide by zero, recurse, or say why it refuses
+            roles = ", ".join(message["role"] for message in messages) or "no message"
+            raise RenderError(
+                f"the template refuses the roles ({roles}): {first_line(error):.300}"
+            ) from None
+        written = len(text) - sum(len(message["content"]) for message in messages)
+        if written > OUTPUT_LIMIT:
+            raise RenderError(
+                f"the template writes {written:,} characters beside the messages, and at most "
+                f"{OUTPUT_LIMIT:,} are taken"
+            )
+        return text
+
+    def _official(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
-            roles = ", ".join(message["role"] for message in messages) or "no message"
-            raise RenderError(f"the template refuses the roles ({roles}): {error}") from None
-        return str(text)
+        )
+
+    def _try(self, probe: list[Message]) -> None:
+        """Render beginnings of `probe` and a long conversation; in the child of `why_unbounded`."""
+        for messages in (probe[:1], probe, probe * 16):
+            for generation_prompt in (False, True):
+                try:
+                    self._official(self._with_system(messages), generation_prompt)
+                except MemoryError:
+                    raise
+                except Exception:  # told by `_apply`, in words
+                    continue
 
     def _frame_uncached(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
         """The template's own text before, between and after the messages' contents."""

@@ -36,6 +36,9 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
 }
 LINES_SHOWN = 10
+TEXT_LIMIT = (
+    10**6
+)  # characters of one text, many times any window; a tokenizer takes seconds for it
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,12 @@ def _string(value: object, name: str) -> str:
         raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.40})")
     if not value.strip():
         raise ValueError(f"{name} is empty")
+    if "\0" in value:
+        raise ValueError(f"{name} holds a NUL character (at {value.index(chr(0)) + 1}); remove it")
+    if len(value) > TEXT_LIMIT:
+        raise ValueError(
+            f"{name} has {len(value):,} characters, and at most {TEXT_LIMIT:,} are taken; split it"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etude.conversation import Message, Renderer
 from etude.errors import UserError
+from etude.foreign import read_text
 
 
 def fit(
@@ -82,6 +83,8 @@ class Conversation:
 
 def save(conversation: Conversation, path: Path) -> None:
     """Write a conversation as JSON to a new file; one that exists is not touched."""
+    if not path.name:
+        raise UserError(f"{path} is no file name; for example: /save talk.json")
     try:
         with path.open("x", encoding="utf-8") as stream:
             json.dump(asdict(conversation), stream, ensure_ascii=False, indent=2)
@@ -89,14 +92,15 @@ def save(conversation: Conversation, path: Path) -> None:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
         free = next(name for name in names if not name.exists())
         raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name can hold what no file system takes
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written: {reason}") from None
 
 
 def load(path: Path) -> Conversation:
     """Read a conversation that `save` wrote, and check its form."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

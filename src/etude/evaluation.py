@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from etude import batching, data, generation, lora, metrics, quality, report, ru
 from etude.config import Config
 from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError
+from etude.foreign import expanded
 
 
 @terminal.command
@@ -41,7 +43,7 @@ def evaluate(
         )
     # Config and data first: their faults show before a model is loaded.
     settings = runs.open_config(name, overrides)
-    if base and not lora.is_adapter(Path(name).expanduser()):
+    if base and not lora.is_adapter(expanded(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
         if not text.strip() or data_file or out:
@@ -82,7 +84,7 @@ def models(
     terminal.quiet_transformers()
     target = runs.open_target(name, overrides)
     terminal.err.print(f"device    {target.base.device.why}")
-    for difference in runs.changes_since(Path(name).expanduser()):
+    for difference in runs.changes_since(expanded(name)):
         terminal.err.print(f"notice    since the training: {difference}")
     if with_base:
         yield "base", target.base.model, target
@@ -105,9 +107,11 @@ def read_table(settings: Config, data_file: str | None) -> data.Table:
 def report_folder(name: str, out: Path | None) -> Path:
     """Where the report goes; a report that is there already is never overwritten."""
     # A model's own folder is no place for reports; a run's is.
-    run = lora.is_adapter(Path(name).expanduser())
-    home = Path(name).expanduser() if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
-    folder = out.expanduser() if out else home / "evaluation"
+    run = lora.is_adapter(expanded(name))
+    home = expanded(name) if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
+    if not run and not Path(os.path.realpath(home)).is_relative_to(os.path.realpath("runs")):
+        raise UserError(f"{home} is a link that leads out of runs/; give a folder: --out FOLDER")
+    folder = expanded(str(out)) if out else home / "evaluation"
     if out and (out / "report.json").exists():
         raise UserError(f"--out: {out} holds a report already; choose another folder")
     number = 1

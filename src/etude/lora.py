@@ -1,13 +1,13 @@
 """Attach, count, save, load and merge LoRA adapters, on PEFT."""
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from etude import foreign
 from etude.config import Lora
 from etude.errors import UserError, first_line, nearest
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 State = dict[str, "torch.Tensor"]
+# PEFT reads these names as regular expressions, and some of those take for ever to match.
+LayerName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class Described(BaseModel):
@@ -29,14 +32,14 @@ class Described(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     r: int = Field(8, ge=1)
-    lora_alpha: float = Field(8, gt=0)
+    lora_alpha: Alpha = 8
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[LayerName] | LayerName
+    exclude_modules: list[LayerName] | LayerName | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    layers_pattern: list[LayerName] | LayerName | None = None
+    rank_pattern: dict[LayerName, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[LayerName, Alpha] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
@@ -161,7 +164,7 @@ def describe(folder: Path) -> Described:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        described = Described.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        described = Described.model_validate(foreign.read_json(file))
     except ValidationError as error:
         faults = {
             ".".join(str(part) for part in fault["loc"][:1]) or "the file": fault["msg"]
@@ -172,15 +175,15 @@ def describe(folder: Path) -> Described:
             f"{file}: not an adapter that Etude can use: {listed:.500}. It takes LoRA adapters of "
             "causal language models, as PEFT writes them"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"{file}: cannot be read: {first_line(error)}; copy the adapter again"
         ) from None
     asked = described.model_extra or {}
-    foreign = sorted(key for key in asked.keys() - IGNORED if asked[key])
-    if foreign:
+    more = sorted(key for key in asked.keys() - IGNORED if asked[key])
+    if more:
         raise UserError(
-            f"{file}: {', '.join(foreign):.300}: Etude does not do this. It takes LoRA adapters that "
+            f"{file}: {', '.join(more):.300}: Etude does not do this. It takes LoRA adapters that "
             f"are all in {WEIGHTS}; merge this one with PEFT (merge_and_unload) and give "
             "the merged folder as model.name"
         )
@@ -216,7 +219,7 @@ def load(model: Any, folder: Path) -> Any:
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     described = describe(folder)
-    state = read_weights(folder, str(model.device))
+    state = read_weights(folder)
     options = described.model_dump(
         include=set(Described.model_fields) - NOT_FOR_PEFT, exclude_none=True
     )
@@ -239,7 +242,7 @@ def load(model: Any, folder: Path) -> Any:
     return tuned
 
 
-def read_weights(folder: Path, device: str = "cpu") -> State:
+def read_weights(folder: Path) -> State:
     """The tensors of the adapter in `folder` by name.
 
     Raises:
@@ -261,7 +264,7 @@ def read_weights(folder: Path, device: str = "cpu") -> State:
             )
         )
     try:
-        return load_file(file, device=device)
+        return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise _unfit(folder, f"{file.name} is damaged: {first_line(error)}") from None
 

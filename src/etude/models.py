@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from etude import bounded, foreign
 from etude.device import Device
 from etude.errors import UserError, first_line, nearest
 
@@ -50,7 +51,7 @@ def load(
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder = locate(name)
     if folder and revision:
@@ -68,6 +69,9 @@ def load(
         weights |= {"quantization_config": _nf4(device), "device_map": {"": device.name}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
+        if reason:
+            raise ValueError(f"its tokenizer {reason}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
@@ -78,6 +82,8 @@ def load(
     except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise _explain(name, folder, revision, error) from None
     model, facts = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"model.name {name}: this is an adapter, not a model; name its base here")
     if facts["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise UserError(
             f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
@@ -85,6 +91,13 @@ def load(
         )
     if device.name != "cpu" and quantization != "nf4":
         model = model.to(torch.device(device.name))
+    # Its own would be mixed into every generation: beams by the thousand, say. Ours says all.
+    said = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=said.bos_token_id,
+        eos_token_id=said.eos_token_id,
+        pad_token_id=said.pad_token_id,
+    )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name {name}: its tokenizer has no end token, so no answer could end"
@@ -122,18 +135,16 @@ def locate(name: str) -> Path | None:
     """
     if name == SAMPLE:
         return from_gguf(_sample_file())
-    path = Path(name).expanduser()
+    path = foreign.expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model.name {name}: no such file")
         return from_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            hint = (
-                "it is an adapter; name its base here"
-                if (path / "adapter_config.json").is_file()
-                else "no config.json"
-            )
+        # With an adapter_config.json transformers would load what that names, wherever it is.
+        adapter = (path / "adapter_config.json").exists()
+        if adapter or not (path / "config.json").is_file():
+            hint = "it is an adapter; name its base here" if adapter else "no config.json"
             raise UserError(f"model.name {name}: this folder is not a model ({hint})")
         if not list(path.glob("*.safetensors")):
             raise UserError(
@@ -141,6 +152,7 @@ def locate(name: str) -> Path | None:
                 ".pt) can run code and are not read. Convert them: "
                 "model.save_pretrained(FOLDER) with transformers writes safetensors"
             )
+        foreign.check_model(path, name)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
@@ -300,8 +312,8 @@ def _explain(name: str, folder: Path | None, revision: str | None, error: Except
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return UserError(
-            f"model.name {name}: this model needs code from its own folder to run, and Etude runs "
-            "no foreign code. "
+            f"model.name {name}: this model needs code from its own folder to run (auto_map in its "
+            "config files), and Etude runs no foreign code. "
             "Take a model whose architecture transformers itself knows"
         )
     return UserError(

@@ -1,14 +1,13 @@
 """A run is a folder: config.yml, adapter, manifest.json, metrics.jsonl, plots. This file opens and writes it."""
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude import config as configuration
-from etude import device, lora, models
+from etude import device, foreign, lora, models
 from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError
@@ -16,6 +15,7 @@ from etude.strict_yaml import scalar
 
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+TEMPLATE_LIMIT = 2**20  # bytes
 LIBRARIES = (
     "etude",
     "torch",
@@ -50,7 +50,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
     Raises:
         UserError: no such run, one without an adapter, or faults in its configuration.
     """
-    folder = Path(name).expanduser()
+    folder = foreign.expanded(name)
     if lora.is_adapter(folder):
         if (folder / CONFIG).is_file():
             return configuration.load(folder / CONFIG, overrides=overrides)
@@ -79,7 +79,7 @@ def open_target(name: str, overrides: list[str]) -> Target:
         UserError: not there, or an adapter that was trained on another base or chat format.
     """
     config = open_config(name, overrides)
-    folder = Path(name).expanduser()
+    folder = foreign.expanded(name)
     base, renderer = _load(config)
     adapter = folder if lora.is_adapter(folder) else None
     if adapter:
@@ -87,7 +87,7 @@ def open_target(name: str, overrides: list[str]) -> Target:
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
         check_base(name, manifest, base)
-        renderer.check_state(manifest.get("chat_format", {}), name)
+        renderer.check_state(manifest["chat_format"], name)
     return Target(base, renderer, config, adapter)
 
 
@@ -95,9 +95,14 @@ def check_base(name: str, manifest: dict[str, Any], base: models.Base) -> None:
     """Hold `base` against the one that the run `name` was trained on.
 
     Raises:
-        UserError: it is another one.
+        UserError: it is another one, or the manifest is not what Etude writes.
     """
-    trained_on = manifest.get("base", {}).get("identity")
+    made = manifest.get("base")
+    if not isinstance(made, dict) or not isinstance(manifest.get("chat_format"), dict):
+        raise UserError(
+            f"{name}: no base and chat_format in its {MANIFEST}; the run is damaged, train it again"
+        )
+    trained_on = made.get("identity")
     if trained_on != base.identity:
         raise UserError(
             f"{name}: this adapter was trained on another base ({trained_on}) than {base.name} is now "
@@ -120,8 +125,8 @@ def renderer_for(base: models.Base, config: Config) -> Renderer:
     template = None
     if config.model.chat_template:
         try:
-            file = Path(config.model.chat_template).expanduser()
-            template = file.read_text(encoding="utf-8")
+            file = foreign.expanded(config.model.chat_template)
+            template = foreign.read_text(file, TEMPLATE_LIMIT)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"
@@ -136,15 +141,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: unreadable or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        problem = "not a JSON object"
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    raise UserError(
-        f"{path}: cannot be read: {problem}; the run is damaged, train it again"
-    ) from None
+        return foreign.read_json(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error}; the run is damaged, train it again"
+        ) from None
 
 
 def environment() -> dict[str, Any]:

@@ -4,15 +4,20 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from etude.errors import UserError, nearest
+from etude.errors import UserError, first_line, nearest
+from etude.foreign import expanded, read_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 FAULTS_SHOWN = 10
+LIMIT = 2**31  # bytes of a file, and of what a packed one grows to: Python needs several times that
+GROWTH = 100  # how many times larger than its file a table may be, once it is larger than FREE
+FREE = 2**27
 
 # A row as it stands in the source: its line (or number, where there are no lines) and its fields.
 RawRow = tuple[int, dict[str, Any]]
@@ -24,7 +29,7 @@ def read(source: str) -> tuple[list[RawRow], str]:
     Raises:
         UserError: no such source, no rows in it, or rows that cannot be read (all, by line).
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix in SUFFIXES or path.exists():
         rows, fingerprint = _read_file(path, source)
     else:
@@ -35,14 +40,14 @@ def read(source: str) -> tuple[list[RawRow], str]:
 
 
 def _read_file(path: Path, source: str) -> tuple[list[RawRow], str]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         near = (
             nearest(path.name, [p.name for p in path.parent.glob("*")])
             if path.parent.is_dir()
             else None
         )
         raise UserError(
-            f"{source}: no such file (looked in {path.parent.resolve()})"
+            f"{source}: no such file (looked in {path.parent.absolute()})"
             + (
                 f"; did you mean {path.parent / near}?"
                 if near
@@ -52,11 +57,13 @@ def _read_file(path: Path, source: str) -> tuple[list[RawRow], str]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{source}: unknown kind of file; known: {', '.join(SUFFIXES)}")
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, LIMIT)
     except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{source}: cannot be read: {error.strerror}; a file of rows is expected"
+        ) from None
     if path.suffix == ".parquet":
-        rows = _parquet(path, source)
+        rows = _parquet(data, source)
     else:
         try:
             text = data.decode("utf-8-sig")
@@ -76,7 +83,7 @@ def _jsonl(text: str, source: str) -> list[RawRow]:
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
-                rows.append((line, _object(json.loads(content))))
+                rows.append((line, _object(json.loads(content, object_pairs_hook=_once))))
             except (ValueError, RecursionError) as error:
                 faults.append(f"{source}:{line}: {_json_fault(error)}")
     raise_faults(faults, "each line is one JSON object, {...}")
@@ -97,14 +104,17 @@ def _json(text: str, source: str) -> list[RawRow]:
             "is .jsonl"
         )
     # json tells no positions, so the objects are walked once more for their lines.
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, between = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[\s,]*")
     position, counted, line, lines = text.index("[") + 1, 0, 1, []
     for _ in items:
         position = between.match(text, position).end()  # type: ignore[union-attr]
         line += text.count("\n", counted, position)
         lines.append(line)
         counted = position
-        _, position = decoder.raw_decode(text, position)
+        try:
+            _, position = decoder.raw_decode(text, position)
+        except ValueError as error:  # a key twice
+            raise UserError(f"{source}:{line}: {error}") from None
     rows, faults = [], []
     for line, item in zip(lines, items, strict=True):
         try:
@@ -144,16 +154,26 @@ def _csv(text: str, source: str) -> list[RawRow]:
     return rows
 
 
-def _parquet(path: Path, source: str) -> list[RawRow]:
+def _parquet(data: bytes, source: str) -> list[RawRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    rows: list[dict[str, Any]] = []
+    size, most = 0, min(LIMIT, max(FREE, GROWTH * len(data)))
     try:
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{source}: not a readable parquet file: {str(error).splitlines()[0]}"
-        ) from None
+        # In pieces: a small file can hold a value once and say that it stands a billion times.
+        for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(1024):
+            # A row costs about so much in Python, whatever stands in it.
+            size += 100 * len(batch) + sum(
+                (column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes
+                for column in batch.columns
+            )
+            if size > most:
+                raise ValueError(f"its {len(data):,} bytes grow to more than {most:,}")
+            rows += batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{source}: not a readable parquet file: {first_line(error)}") from None
+    return list(enumerate(rows, 1))
 
 
 def _read_hub(source: str) -> tuple[list[RawRow], str]:
@@ -180,6 +200,15 @@ def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object {{...}} is expected, not {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once: of two json would keep the last and say nothing."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name!r:.40} stands twice in one object; keep one")
+    return made
 
 
 def _json_fault(error: Exception) -> str:

@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 import yaml
 
 from etude.errors import UserError
+from etude.foreign import read_text
 
+KEYS_LIMIT = 2000
 KeyPath = tuple[str | int, ...]
+LIMIT = 2**18  # bytes of a file: a configuration has some thousands, and YAML is slow to read
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ def read_yaml(path: Path) -> Layer:
         UserError: unreadable file or YAML that is not a plain mapping, with the line.
     """
     try:
-        layer = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+        layer = parse_yaml(read_text(path, LIMIT), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `etude init` writes a config.yml here") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {reason}") from None
     # A section whose keys are all commented out means: its defaults.
     values = {section: {} if keys is None else keys for section, keys in layer.values.items()}
     return Layer(values, layer.origin)
@@ -108,14 +112,21 @@ def parse_yaml(text: str, name: str) -> Layer:
         if isinstance(node, yaml.SequenceNode):
             return [build(item, (*loc, index)) for index, item in enumerate(node.value)]
         try:
-            return loader.construct_object(node)
+            value = loader.construct_object(node)
         except (yaml.YAMLError, ValueError, KeyError):  # an explicit tag, such as !!int x
-            faults.append(f"{place}: {node.value!r} is not a {node.tag.rpartition(':')[2]}")
+            faults.append(f"{place}: {node.value!r:.60} is not a {node.tag.rpartition(':')[2]}")
             return None
+        # No file name, no prompt and no library takes them.
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            faults.append(
+                f"{place}: {value!r:.60} holds a NUL or half a character; write plain text"
+            )
+        return value
 
     try:
         loader = _StrictLoader(text)
         root = loader.get_single_node()
+        values = {} if root is None else build(root, ())
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -126,7 +137,11 @@ def parse_yaml(text: str, name: str) -> Layer:
             f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that "
             "line"
         ) from None
-    values = {} if root is None else build(root, ())
+    if len(origin) > KEYS_LIMIT:
+        raise UserError(
+            f"{name}: {len(origin):,} keys and list items, and at most {KEYS_LIMIT:,} are read; "
+            "see `etude init` for the keys there are"
+        )
     if not faults and not isinstance(values, dict):
         faults.append(
             f"{name}: sections with keys are expected, not a {type(values).__name__}; see `etude "

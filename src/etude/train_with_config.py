@@ -21,6 +21,7 @@ from etude import batching, checkpoints, data, device, lora, models, proof, repo
 from etude import config as configuration
 from etude.config import Config
 from etude.errors import UserError, first_line
+from etude.foreign import expanded
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def open_folder(
         UserError: the folder holds something already, other settings than those to go on with, no
             checkpoint that is whole; or `resume` and nothing to go on with.
     """
-    folder = Path(settings.output.dir).expanduser()
+    folder = expanded(settings.output.dir)
     found = folder.iterdir() if folder.is_dir() else []
     there = [path for path in found if not path.name.startswith(checkpoints.UNFINISHED)]
     if (folder.exists() and not folder.is_dir()) or (
