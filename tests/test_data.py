@@ -355,7 +355,8 @@ def test_drop_mode_drops_what_is_too_long(write, renderer):
     table = data.read(write("rows.jsonl", pairs("a", "long " * 60)), Dataset())
     examples, report = encode(table, renderer, max_length=64, overlength="drop")
     assert report.dropped == {"longer than max_length 64": [2]} and report.truncated == []
-    assert examples == [renderer.render(table.rows[0].messages)]
+    assert [example.ids for example in examples] == [renderer.render(table.rows[0].messages).ids]
+    assert examples[0].origin == "rows.jsonl:1"
 
 
 P, A, B, E, N = 10, 11, 12, 2, 13  # prompt, answer, answer, end, newline

@@ -13,6 +13,7 @@ from etude.foreign import read_text
 
 KEYS_LIMIT = 2000
 KeyPath = tuple[str | int, ...]
+DEPTH_LIMIT = 20  # a configuration has three levels
 LIMIT = 2**18  # bytes of a file: a configuration has some thousands, and YAML is slow to read
 
 
@@ -28,6 +29,17 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML with the scalars of 1.2: `no` is a string, 1e-5 a number, a date a string."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse what nests without end here, before Python's own stack does."""
+        if self.depth == DEPTH_LIMIT:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -127,12 +139,10 @@ def parse_yaml(text: str, name: str) -> Layer:
         loader = _StrictLoader(text)
         root = loader.get_single_node()
         values = {} if root is None else build(root, ())
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error)
-        if isinstance(error, RecursionError):
-            problem = "nested too deeply"
         raise UserError(
             f"{where}: not valid YAML: {problem}; check the indentation, colons and quotes of that "
             "line"
