@@ -7,15 +7,17 @@ from etude.errors import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends to be a machine: with a GPU of some compute capability, an Apple GPU, or AMX."""
+    """Pretends to be a machine: with a GPU of some compute capability, an Apple GPU, a CPU that has something."""
 
-    def pretend(cuda=None, mps=False, amx=False):
+    def pretend(cuda=None, mps=False, has=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "cpu_name": "Test CPU"}
+            torch.cpu,
+            "get_capabilities",
+            lambda: {"cpu_name": "Test CPU"} | ({has: True} if has else {}),
         )
 
     return pretend
@@ -24,16 +26,23 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("here", "asked", "name", "dtype", "reason"),
     [
-        ({}, {}, "cpu", "float32", "auto: it has no bf16 units"),
-        ({"amx": True}, {}, "cpu", "bfloat16", "has AMX units"),
-        ({"amx": True}, {"dtype": "float32"}, "cpu", "float32", "asked for by model.dtype"),
+        ({}, {}, "cpu", "float32", "auto: it has no instructions for bf16"),
+        ({"has": "amx_bf16"}, {}, "cpu", "bfloat16", "has instructions for bf16"),
+        ({"has": "avx512_bf16"}, {}, "cpu", "bfloat16", "has instructions for bf16"),
+        ({"has": "amx_bf16"}, {"dtype": "float32"}, "cpu", "float32", "asked for by model.dtype"),
         ({}, {"bf16": True}, "cpu", "bfloat16", "training.bf16"),
         ({"mps": True}, {}, "mps", "float32", "exact there"),
         ({"cuda": (7, 5)}, {}, "cuda", "float16", "has no bf16"),
         ({"cuda": (8, 0)}, {}, "cuda", "bfloat16", "computes bf16"),
         ({"cuda": (9, 0)}, {"fp16": True}, "cuda", "float16", "training.fp16"),
         ({"cuda": (9, 0)}, {"dtype": "float32", "bf16": True}, "cuda", "float32", "asked for"),
-        ({"cuda": (9, 0), "mps": True}, {"use_cpu": True}, "cpu", "float32", "no bf16 units"),
+        (
+            {"cuda": (9, 0), "mps": True},
+            {"use_cpu": True},
+            "cpu",
+            "float32",
+            "no instructions for bf16",
+        ),
     ],
 )
 def test_choice_and_its_reason(machine, here, asked, name, dtype, reason):

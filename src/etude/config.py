@@ -156,7 +156,9 @@ class Training(Section):
     fp16: bool = Field(
         False, description="float16 mixed precision; GPU only, for GPUs before Ampere"
     )
-    bf16: bool = Field(False, description="bfloat16 mixed precision; Ampere and later, or AMX CPUs")
+    bf16: bool = Field(
+        False, description="bfloat16 mixed precision; Ampere and later, or a CPU with bf16"
+    )
     use_cpu: bool = Field(False, description="true stays on the CPU even where there is a GPU")
     compile: Literal["auto"] | bool = Field(
         "auto",

@@ -57,11 +57,11 @@ def choose(
         name = "cpu"
         facts = torch.cpu.get_capabilities()
         where = f"{facts.get('cpu_name') or 'CPU'}, {torch.get_num_threads()} threads"
-        # bf16 without matrix units (AMX) is several times slower than float32 on a CPU.
+        # bf16 without instructions of its own is several times slower than float32 on a CPU.
         automatic, why = (
-            ("bfloat16", "has AMX units for bf16")
-            if facts.get("amx_bf16")
-            else ("float32", "has no bf16 units")
+            ("bfloat16", "has instructions for bf16")
+            if facts.get("amx_bf16") or facts.get("avx512_bf16")
+            else ("float32", "has no instructions for bf16")
         )
     if name == "cpu" and (fp16 or dtype == "float16"):
         key = "training.fp16 is true" if fp16 else "model.dtype is float16"
