@@ -9,7 +9,7 @@ RUN := runs/quickstart
 DONE := $(RUN)/evaluation/report.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check lock clean
+.PHONY: help install train test check docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -60,9 +60,12 @@ check: install ## format, lint, types, import layers, tests
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(MAKE) --no-print-directory test
 
+docs: install ## build the site in build/site/: the pages, with notes beside their code
+	$(BIN)/python tools/docs.py
+
 lock: ## write requirements.lock again from pyproject.toml
 	PYTHON='$(PYTHON)' tools/lock.sh
 
 clean: ## remove .venv and the caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find src tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

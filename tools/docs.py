@@ -1,0 +1,204 @@
+"""Build the site: README, PROJECT_FLOW and the pages of COMMENTED_CODE/, notes beside their code.
+
+    python tools/docs.py          # into build/site/
+    python tools/docs.py --serve  # and show it on http://localhost:8000
+
+The pages stay as they are: a copy under build/docs/ gets the code of "Line-by-Line Commented Code"
+as rows of code and notes, and links to files that are no pages lead to copies of them. Zensical
+(zensical.org) makes the site of that copy and refuses links that lead nowhere.
+"""
+
+import argparse
+import base64
+import functools
+import hashlib
+import html
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from notes import FOLDER, code_files, read, write
+from notes_page import CODE_SECTION, LANGUAGE, NOTE, Page, page_of, read_page, section
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
+TEXTS = ["README.md", "PROJECT_FLOW.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
+         "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
+LINK = re.compile(r"(\]\(<?)([^)\s>#:]+)((?:#[^)\s>]*)?>?\))")
+# Diagrams are drawn by Mermaid in the browser; with our copy, the site needs no other server.
+MERMAID = "https://registry.npmjs.org/mermaid/-/mermaid-12.3.0.tgz"
+MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="  # fmt: skip
+# Parts of the navigation: its pages, by the start of the code file's path.
+PARTS = {
+    "The programs": ["main.py", "train_with_config.py", "evaluation.py", "chat.py", "config.yml"],
+    "The library": ["src/etude/"],
+    "Tools": ["tools/"],
+    "Benchmarks": ["benchmarks/"],
+}
+
+
+def rows(page: Page, language: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Code and notes side by side: the first line's number, lines of code as HTML, notes as HTML."""
+    formatter = HtmlFormatter(nowrap=True)
+    text = highlight("".join(page.code), get_lexer_by_name(language, stripnl=False), formatter)
+    lines = text.removesuffix("\n").split("\n")
+    start = 0
+    for number, noted in sorted(page.noted.items()):
+        end = page.statements[number].last + 1
+        yield start + 1, lines[start:end], [note(page.lines[at]) for at in noted]
+        start = end
+    if start < len(lines):
+        yield start + 1, lines[start:], []
+
+
+def note(line: str) -> str:
+    """One note as HTML."""
+    found = NOTE.match(line)
+    assert found, line
+    text = re.sub(r"(`+)(.+?)\1", r"<code>\2</code>", html.escape(found[2].strip(), quote=False))
+    return f'<p><b class="{found[1].lower()}">{found[1]}</b> {text}</p>'
+
+
+def side_by_side(file: str, text: str) -> str:
+    """A page with its code and notes in two columns."""
+    page = read_page(file, text)
+    language = LANGUAGE[Path(file).suffix]
+    parts = ['<div class="tour">\n']
+    for number, code, notes in rows(page, language):
+        kind = "row" if notes else "row bare"
+        parts.append(f'<div class="{kind}"><pre class="highlight"><code>')
+        parts += [
+            f'<span class="line" id="L{number + at}"><a href="#L{number + at}">{number + at}</a>'
+            # A backtick at a line's start would open a fence.
+            + line.replace("`", "&#96;") + "\n</span>" for at, line in enumerate(code)
+        ]  # fmt: skip
+        parts.append(f'</code></pre><div class="notes">{"".join(notes)}</div></div>\n')
+    parts.append("</div>\n")
+    lines = list(page.lines)
+    first, last = page.held[0].first, page.held[-1].last
+    assert len(page.held) == 1 or not any(
+        heading.line in range(first, last) for heading in page.headings
+    ), f"{file}: headings between blocks of code"
+    assert first in section(page.headings, CODE_SECTION, len(lines))
+    lines[first : last + 1] = ["\n", *parts, "\n"]
+    return "".join(lines)
+
+
+def linked(path: Path, text: str, files: dict[str, str]) -> str:
+    """Links to code files lead to their pages, those to other files to copies of these."""
+    pages = {file: f"{FOLDER}/{page}" for page, file in files.items()}
+
+    def target(found: re.Match[str]) -> str:
+        to = (ROOT / path.parent / found[2]).resolve()
+        if not to.is_relative_to(ROOT):
+            return found[0]
+        name = pages.get(str(to.relative_to(ROOT)), str(to.relative_to(ROOT)))
+        if (ROOT / name).is_dir():
+            name += "/README.md"
+        copy = SOURCE / name
+        if not name.endswith(".md") and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy)
+        return f"{found[1]}{os.path.relpath(name, path.parent)}{found[3]}"
+
+    return LINK.sub(target, text)
+
+
+def navigation(files: dict[str, str]) -> list[object]:
+    """The site's pages in the order of its navigation."""
+    left = dict(files)
+    parts: list[object] = [
+        {"Etude": "README.md"},
+        {"How data flows": "PROJECT_FLOW.md"},
+        {"Benchmarks": "benchmarks/README.md"},
+    ]
+    code: list[object] = [{"Start here": f"{FOLDER}/README.md"}]
+    for title, starts in PARTS.items():
+        pages: list[object] = []
+        for start in starts:
+            for page, file in sorted(left.items()):
+                if file.startswith(start) or page == page_of(start):
+                    pages.append({page.removesuffix(".md"): f"{FOLDER}/{page}"})
+                    del left[page]
+        code.append({title: pages})
+    assert not left, f"no part of the navigation holds {sorted(left)}"
+    return [
+        *parts,
+        {"Commented code": code},
+        {"Data": "data/README.md"},
+        {"Contributing": "CONTRIBUTING.md"},
+        {"Changes": "CHANGELOG.md"},
+    ]
+
+
+def inline(value: object) -> str:
+    """Nested lists and tables of strings as TOML."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return json.dumps(value)
+
+
+def fetch_mermaid() -> str:
+    """Mermaid's script: from build/, or fetched and held against its hash."""
+    kept = ROOT / "build" / Path(MERMAID).with_suffix(".js").name
+    if not kept.exists():
+        with urllib.request.urlopen(MERMAID, timeout=60) as answer:
+            data = answer.read()
+        if base64.b64encode(hashlib.sha512(data).digest()).decode() != MERMAID_SHA512:
+            sys.exit(f"error: {MERMAID} is not what it was; nothing of it is used")
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            script = archive.extractfile("package/dist/mermaid.min.js")
+            assert script
+            write(kept, script.read().decode())
+    return read(kept)
+
+
+def prepare(root: Path) -> None:
+    """Write the copy that Zensical reads, and its configuration."""
+    files = code_files(root)
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for name in [*TEXTS, *(f"{FOLDER}/{page}" for page in files)]:
+        text = read(root / name)
+        file = files.get(Path(name).name) if name.startswith(FOLDER) else None
+        write(SOURCE / name, linked(Path(name), side_by_side(file, text) if file else text, files))
+    write(SOURCE / "tour.css", read(root / "tools" / "docs.css"))
+    write(SOURCE / "mermaid.min.js", fetch_mermaid())
+    settings = read(root / "tools" / "docs.toml")
+    write(root / "build" / "zensical.toml",
+          settings.replace("nav = []", f"nav = {inline(navigation(files))}"))  # fmt: skip
+
+
+def main() -> None:
+    """Build the site; show it if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--serve", action="store_true", help="show it on http://localhost:8000")
+    serve = parser.parse_args().serve
+    prepare(ROOT)
+    zensical = Path(sys.executable).parent / "zensical"
+    config = ROOT / "build" / "zensical.toml"
+    done = subprocess.run([zensical, "build", "--clean", "--strict", "-f", config], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+    print(f"{SITE.relative_to(ROOT)}/index.html")
+    if serve:
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)
+        print("http://localhost:8000 (Ctrl-C stops it)")
+        http.server.ThreadingHTTPServer(("localhost", 8000), handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
