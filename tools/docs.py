@@ -1,7 +1,7 @@
 """Build the site: README, PROJECT_FLOW and the pages of COMMENTED_CODE/, notes beside their code.
 
-    python tools/docs.py          # into build/site/
-    python tools/docs.py --serve  # and show it on http://localhost:8000
+    python tools/docs.py
+    python -m http.server --directory build/site  # to look at it, search included
 
 The pages stay as they are: a copy under build/docs/ gets the code of "Line-by-Line Commented Code"
 as rows of code and notes, and links to files that are no pages lead to copies of them. Zensical
@@ -10,10 +10,8 @@ as rows of code and notes, and links to files that are no pages lead to copies o
 
 import argparse
 import base64
-import functools
 import hashlib
 import html
-import http.server
 import io
 import json
 import os
@@ -33,7 +31,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
+SOURCE = ROOT / "build" / "docs"
 TEXTS = ["README.md", "PROJECT_FLOW.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
          "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
 LINK = re.compile(r"(\]\(<?)([^)\s>#:]+)((?:#[^)\s>]*)?>?\))")
@@ -156,8 +154,11 @@ def fetch_mermaid() -> str:
     """Mermaid's script: from build/, or fetched and held against its hash."""
     kept = ROOT / "build" / Path(MERMAID).with_suffix(".js").name
     if not kept.exists():
-        with urllib.request.urlopen(MERMAID, timeout=60) as answer:
-            data = answer.read()
+        try:
+            with urllib.request.urlopen(MERMAID, timeout=60) as answer:
+                data = answer.read()
+        except OSError as error:
+            sys.exit(f"error: {MERMAID} cannot be fetched ({error}); it is needed once")
         if base64.b64encode(hashlib.sha512(data).digest()).decode() != MERMAID_SHA512:
             sys.exit(f"error: {MERMAID} is not what it was; nothing of it is used")
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -167,37 +168,31 @@ def fetch_mermaid() -> str:
     return read(kept)
 
 
-def prepare(root: Path) -> None:
+def prepare() -> None:
     """Write the copy that Zensical reads, and its configuration."""
-    files = code_files(root)
+    files = code_files(ROOT)
     shutil.rmtree(SOURCE, ignore_errors=True)
     for name in [*TEXTS, *(f"{FOLDER}/{page}" for page in files)]:
-        text = read(root / name)
+        text = read(ROOT / name)
         file = files.get(Path(name).name) if name.startswith(FOLDER) else None
         write(SOURCE / name, linked(Path(name), side_by_side(file, text) if file else text, files))
-    write(SOURCE / "tour.css", read(root / "tools" / "docs.css"))
+    write(SOURCE / "tour.css", read(ROOT / "tools" / "docs.css"))
     write(SOURCE / "mermaid.min.js", fetch_mermaid())
-    settings = read(root / "tools" / "docs.toml")
-    write(root / "build" / "zensical.toml",
+    settings = read(ROOT / "tools" / "docs.toml")
+    write(ROOT / "build" / "zensical.toml",
           settings.replace("nav = []", f"nav = {inline(navigation(files))}"))  # fmt: skip
 
 
 def main() -> None:
-    """Build the site; show it if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--serve", action="store_true", help="show it on http://localhost:8000")
-    serve = parser.parse_args().serve
-    prepare(ROOT)
+    """Build the site in build/site/."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    prepare()
     zensical = Path(sys.executable).parent / "zensical"
     config = ROOT / "build" / "zensical.toml"
     done = subprocess.run([zensical, "build", "--clean", "--strict", "-f", config], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
-    print(f"{SITE.relative_to(ROOT)}/index.html")
-    if serve:
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)
-        print("http://localhost:8000 (Ctrl-C stops it)")
-        http.server.ThreadingHTTPServer(("localhost", 8000), handler).serve_forever()
+    print("build/site/index.html")
 
 
 if __name__ == "__main__":
