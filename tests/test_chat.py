@@ -180,6 +180,7 @@ def test_retry_varies_a_seed_and_says_so(talk, says, capsys):
 
 def test_control_characters_do_not_reach_the_terminal(talk, says, capsys):
     assert printable("a\x1b[2Jb\x07\x9b31m\x7f\r\n\tc") == "a[2Jb31m\n\tc"
+    assert printable("\u202eabc\u202c \u2067d\u2069 \u05d0") == "abc d \u05d0"
     says(" \x1b]0;owned\x07Hi\r\n ")
     handle(talk, "Hello")
     assert capsys.readouterr().out == "]0;ownedHi\n"

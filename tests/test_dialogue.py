@@ -1,6 +1,7 @@
 """The conversation as it goes on: turns, what fits the window, and its file."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -120,6 +121,20 @@ def test_save_overwrites_nothing_and_names_a_free_file(tmp_path):
         save(Conversation(), tmp_path / "nowhere" / "c.json")
 
 
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    broken = Conversation()
+    exchange(broken, "\ud800", "b")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(broken, tmp_path / "c.json")
+    whole = Conversation()
+    exchange(whole, "a", "b")
+    with open("/dev/full", "wb") as full:  # every write to it finds the disk full
+        monkeypatch.setattr(Path, "open", lambda self, mode: (self.touch(), full)[1])
+        with pytest.raises(UserError, match="No space left"):
+            save(whole, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -134,6 +149,7 @@ def user(content):
         ({"messages": [user(1)]}, "message 1"),
         ({"messages": [user("a"), user("b")]}, 'message 2: role "assistant"'),
         ({"messages": [{**user("a"), "tool": 1}]}, "message 1"),
+        ({"messages": [user("\ud800")]}, "message 1: it holds half a character"),
     ],
 )
 def test_load_checks_the_form(tmp_path, value, says):

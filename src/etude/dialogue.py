@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,8 +87,14 @@ def save(conversation: Conversation, path: Path) -> None:
     if not path.name:
         raise UserError(f"{path} is no file name; for example: /save talk.json")
     try:
-        with path.open("x", encoding="utf-8") as stream:
-            json.dump(asdict(conversation), stream, ensure_ascii=False, indent=2)
+        data = json.dumps(asdict(conversation), ensure_ascii=False, indent=2).encode()
+        with path.open("xb") as stream:
+            try:
+                stream.write(data)
+                stream.flush()
+            except OSError:  # a full disk: half a conversation would only stand in the way
+                path.unlink()
+                raise
     except FileExistsError:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
         free = next(name for name in names if not name.exists())
@@ -116,4 +123,6 @@ def load(path: Path) -> Conversation:
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or message != {"role": role, "content": content}:
             raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
+        if re.search("[\ud800-\udfff]", content):
+            raise UserError(f"{path}: message {number}: it holds half a character; write it anew")
     return Conversation(value.get("system"), messages)

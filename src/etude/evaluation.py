@@ -49,7 +49,8 @@ def evaluate(
         if not text.strip() or data_file or out:
             raise UserError("--text takes one text that is not empty, and neither --data nor --out")
         for title, model, target in models(name, overrides, base):
-            single(model, target, text, title)
+            terminal.say(title, name if title == "tuned" else target.base.name)
+            single(model, target, text)
         return
     table = read_table(settings, data_file)
     folder = report_folder(name, out)
@@ -352,10 +353,9 @@ def sequence_losses(
 # --- one text --------------------------------------------------------------------------------
 
 
-def single(model: Any, target: runs.Target, text: str, title: str) -> None:
+def single(model: Any, target: runs.Target, text: str) -> None:
     """Answer one text; print the response, its quality and perplexity, or the labels."""
     settings, renderer = target.config, target.renderer
-    terminal.say(title, target.base.name)
     labels = settings.dataset.labels
     prompt: list[Message] = [{"role": "user", "content": text}]
     if labels:

@@ -49,7 +49,7 @@ def main() -> None:
         )
     folder = package.submodule_search_locations[0]
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    print("Loading the sample model (about 20 seconds) ...")
+    print("Loading the sample model (up to half a minute) ...")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # Its weights are plain float32 now, but Trainer would take it for a quantised model.

@@ -22,8 +22,9 @@ P = ParamSpec("P")
 USER_ERROR = 2
 INTERRUPTED = 130
 
-# C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse;
+# and the marks that reorder what is shown (arXiv:2111.00169).
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 # Results go to stdout, all else to stderr, so that output can be piped.
 # Of several processes (torchrun), the first one speaks and writes; mistakes are told by each.
@@ -36,7 +37,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
     """Print one line of a program's report: a label in its column, then the text."""
-    out.print(Text(f"{label:<10}", style=style), printable(text), sep="")
+    out.print(Text(f"{label:<9} ", style=style), printable(text), sep="")
 
 
 def notice(text: str) -> None:
