@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from typer.testing import CliRunner
 
 from etude import config as configuration
-from etude import data, evaluation, report, runs
+from etude import data, evaluation, generation, report, runs
 from etude.cli import app
 from etude.conversation import Example
 
@@ -245,6 +245,37 @@ def test_given_quality_labels_are_held_against_the_heuristics(tiny_model, files,
     found = json.loads((tmp_path / "out" / "report.json").read_text())["models"]["heuristics"]
     assert found["labels"] == ["good", "fair", "poor"]
     assert found["accuracy"] == 1.0
+    assert "method heuristics)." in (tmp_path / "out" / "report.md").read_text()
+    again = etude(
+        "evaluate", tiny_model, "--data", files / "quality.jsonl", "--out", tmp_path / "out"
+    )
+    assert again.exit_code == 2 and "holds a report already" in again.output
+
+
+@pytest.mark.parametrize("method", ["likelihood", "generate"])
+def test_rows_beyond_the_window_are_named(tiny_model, tmp_path, method):
+    rows = tmp_path / "rows.jsonl"
+    texts = ["fine", "so " * 5000, "dull"]
+    rows.write_text("".join(json.dumps({"text": t, "label": "a"}) + "\n" for t in texts))
+    result = etude("evaluate", tiny_model, "--data", rows, "--out", tmp_path / "out",
+                   f"evaluation.method={method}", "dataset.labels=[a, b]")  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "too long for the model's window" in result.output and "lines 2;" in result.output
+
+
+def test_the_perplexity_of_a_cut_response_leaves_its_missing_end_out(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "sequence_losses", lambda model, examples, *_: (seen.extend(examples), [1.0])[1]
+    )
+    for finished in (True, False):
+        said = generation.Response("Well then.", 3, finished)
+        monkeypatch.setattr(generation, "generate", lambda *_, said=said: [said])
+        evaluation.single(tiny.base.model, tiny, "Well?")
+    whole, cut = seen
+    assert whole.ids == cut.ids and sum(whole.supervised) == sum(cut.supervised) + 1
+    last = len(whole) - 1 - whole.supervised[::-1].index(True)
+    assert whole.ids[last] == tiny.renderer.end_of_turn and not cut.supervised[last]
 
 
 def test_raw_text_gets_a_perplexity(tiny_model, files, tmp_path):

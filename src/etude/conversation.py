@@ -52,7 +52,7 @@ class Example:
         return len(self.ids)
 
 
-class RenderError(ValueError):
+class RenderError(UserError):
     """A conversation that the template cannot render faithfully; the text says why."""
 
 

@@ -16,6 +16,8 @@ from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError
 from etude.foreign import expanded
 
+ANSWER_TOKENS = 16  # room after a prompt: a label and its end
+
 
 @terminal.command
 def evaluate(
@@ -113,8 +115,8 @@ def report_folder(name: str, out: Path | None) -> Path:
     if not run and not Path(os.path.realpath(home)).is_relative_to(os.path.realpath("runs")):
         raise UserError(f"{home} is a link that leads out of runs/; give a folder: --out FOLDER")
     folder = expanded(str(out)) if out else home / "evaluation"
-    if out and (out / "report.json").exists():
-        raise UserError(f"--out: {out} holds a report already; choose another folder")
+    if out and (folder / "report.json").exists():
+        raise UserError(f"--out: {folder} holds a report already; choose another folder")
     number = 1
     while (folder / "report.json").exists():
         number += 1
@@ -139,6 +141,7 @@ def measure_labels(
     """Predict the label of every row and compare with the truth."""
     labels = cast(list[str], table.labels)
     prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
+    refuse_beyond_window(model, renderer, prompts, table)
     if settings.evaluation.method == "likelihood":
         scores = label_log_likelihoods(model, renderer, prompts, labels, settings, name)
         predicted: list[str | None] = [labels[row.index(max(row))] for row in scores]
@@ -149,6 +152,26 @@ def measure_labels(
         said = [response.text for response in responses]
     truth = [cast(str, row.label) for row in table.rows]
     return {**classify(truth, predicted, labels, settings), "said": said}
+
+
+def refuse_beyond_window(
+    model: Any, renderer: Renderer, prompts: Sequence[list[Message]], table: data.Table
+) -> None:
+    """Raise UserError for prompts that leave the model no position for an answer, with their lines.
+
+    Beyond its window a model fails or, with rotary positions, writes noise without a word.
+    """
+    window = getattr(model.config, "max_position_embeddings", None)
+    beyond = [
+        str(row.line)
+        for row, prompt in zip(table.rows, prompts, strict=True)
+        if window and len(renderer.prompt(prompt)) + ANSWER_TOKENS > window
+    ]
+    if beyond:
+        raise UserError(
+            f"{table.source}: too long for the model's window of {window:,} tokens: lines "
+            f"{', '.join(beyond[:10])}{' ...' * (len(beyond) > 10)}; shorten them or leave them out"
+        )
 
 
 def classify(
@@ -259,7 +282,9 @@ def measure_responses(
     }
     if table.format == "text":
         return result
-    responses = respond(model, renderer, [row.messages[:-1] for row in table.rows], settings, name)
+    prompts = [row.messages[:-1] for row in table.rows]
+    refuse_beyond_window(model, renderer, prompts, table)
+    responses = respond(model, renderer, prompts, settings, name)
     references = [row.messages[-1]["content"] for row in table.rows]
     judgements = [
         judge(row.messages[-2]["content"] if len(row.messages) > 1 else "", response, settings)
@@ -377,6 +402,9 @@ def single(model: Any, target: runs.Target, text: str) -> None:
         answer = last_answer(
             renderer.render([*prompt, {"role": "assistant", "content": response.text}])
         )
+        if not response.finished:  # the end token is the template's, not the model's
+            last = len(answer) - 1 - answer.supervised[::-1].index(True)
+            answer.supervised[last] = False
         (loss,) = sequence_losses(model, [answer], settings, "perplexity")
         value = metrics.perplexity(loss, sum(answer.supervised))
         terminal.say("perplexity", f"{value:.2f} of the response under the model itself")
@@ -389,17 +417,18 @@ def assemble(
     name: str, settings: Config, table: data.Table, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """report.json: what was measured on what, each model's figures, and base against tuned."""
+    method = settings.evaluation.method if table.format == "classification" else "greedy"
     private = ("truth", "predicted", "said", "losses")
     result: dict[str, Any] = {
         "target": name,
-        "base": settings.model.name,
+        "base": None if "heuristics" in measured else settings.model.name,
         "data": {
             "source": table.source,
             "sha256": table.fingerprint,
             "rows": len(table.rows),
             "format": table.format,
         },
-        "method": settings.evaluation.method if table.format == "classification" else "greedy",
+        "method": "heuristics" if "heuristics" in measured else method,
         "models": {
             model: {key: value for key, value in figures.items() if key not in private}
             for model, figures in measured.items()

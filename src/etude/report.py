@@ -213,7 +213,7 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
     parts = [
         f"# {result['target']}",
         f"{source['rows']:,} rows of `{source['source']}` (format {source['format']}, "
-        f"method {result['method']}); base `{result['base']}`.",
+        f"method {result['method']})" + (f"; base `{result['base']}`." if result["base"] else "."),
         _markdown_table(head, rows),
         verdict(result),
     ]
