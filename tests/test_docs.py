@@ -3,11 +3,13 @@
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer.main
 
+import etude
 from etude import chat, cli, config, evaluation, train_with_config
 
 ROOT = Path(__file__).parent.parent
@@ -92,11 +94,18 @@ def overrides(text):
             yield match[1], match[3]
 
 
+def test_the_version_is_the_same_in_both_its_places():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert etude.__version__ == project["version"]
+
+
 # --- commands --------------------------------------------------------------------------------
 
 
 def check_command(words):
     """A command line runs a program that exists, with options, presets and settings that exist."""
+    if words[:3] == ["python", "-m", "etude"]:
+        words = words[2:]
     if words[0] == "python":
         module = words[2].removeprefix("etude.")
         assert module in CODE, words

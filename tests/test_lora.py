@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from etude import lora
 from etude.config import Lora
@@ -180,6 +181,15 @@ def test_unknown_target_module_names_the_nearest(model):
     with pytest.raises(UserError) as caught:
         lora.attach(model, Lora(target_modules=["zzz"]), "tiny")
     assert "in tiny. It has: q_proj (2x)" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_the_linear_layers_of_gpt2_have_another_class():
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    assert set(lora.linear_names(model)) == {"c_attn", "c_proj", "c_fc"}
+    tuned = lora.attach(model, Lora(r=2, target_modules=["c_attn"]), "gpt2")
+    assert lora.count(tuned).trainable == 2 * (16 + 48)
 
 
 def test_all_linear_takes_every_layer_but_the_head(model):

@@ -162,8 +162,10 @@ def test_damage_of_every_kind_fails_the_proof(copied):
         assert result.exit_code == 2
         assert words in told(result)
     weights.write_bytes(whole)
-    (copied / "proof.json").write_text("{}")
-    assert "not what Etude writes" in told(verified(copied))
+    proof = json.loads((copied / "proof.json").read_text())
+    for broken in ({}, {**proof, "sha256": None}, {**proof, "loss": None}):
+        (copied / "proof.json").write_text(json.dumps(broken))
+        assert "not what Etude writes" in told(verified(copied))
     (copied / "proof.json").unlink()
     assert "no proof.json here" in told(verified(copied))
 

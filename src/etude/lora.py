@@ -114,13 +114,14 @@ def attach(model: Any, settings: Lora, base_name: str, identity: str | None = No
 def linear_names(model: Any) -> dict[str, int]:
     """Last names of the linear layers, the output head aside, and how often each occurs."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's name for a linear layer
 
     head = model.get_output_embeddings()
     return dict(
         Counter(
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         )
     )
 

@@ -229,9 +229,10 @@ def from_gguf(file: Path) -> Path:
         sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
         (work / SUMS).write_text(json.dumps(sums, indent=1))
         # Built beside and renamed: another process never sees half a model.
-        if folder.exists():
+        if folder.exists() and not _verified(folder):
             shutil.rmtree(folder)
-        work.rename(folder)
+        if not folder.exists():  # else another process was quicker, and may be reading it
+            work.rename(folder)
     except OSError as error:
         if _verified(folder):  # another process was quicker
             return folder
@@ -258,7 +259,7 @@ def _convert(file: Path, folder: Path) -> None:
     # The weights are plain float32 now; the rest of the quantiser only stops them being saved.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file, whose hash is the base's
     tokenizer.save_pretrained(folder)
 
 

@@ -117,7 +117,8 @@ def read_expected(folder: Path) -> dict[str, Any]:
         )
     expected = runs.read_json(folder / PROOF)
     loss = expected.get("loss")
-    if not isinstance(loss, dict) or not {"split", "data", "rows", "value"} <= loss.keys():
+    whole = isinstance(loss, dict) and {"split", "data", "rows", "value"} <= loss.keys()
+    if not whole or not isinstance(expected.get("sha256"), str):
         raise UserError(f"{folder / PROOF}: not what Etude writes; train the run again")
     return expected
 
@@ -139,10 +140,10 @@ def examine(
     assert target.adapter is not None
     model = lora.load(target.base.model, target.adapter)
     tensors = lora.state(model)
-    if lora.digest(tensors) != expected.get("sha256"):
+    if lora.digest(tensors) != expected["sha256"]:
         raise UserError(
             f"{name}: the adapter is not the one that was trained: its tensors have SHA-256 "
-            f"{lora.digest(tensors):.12}, and the training ended with {expected.get('sha256'):.12}. "
+            f"{lora.digest(tensors):.12}, and the training ended with {expected['sha256']:.12}. "
             "Restore it from a copy, or train the run again"
         )
     if not any(value.any() for key, value in tensors.items() if "lora_B" in key):
@@ -152,10 +153,10 @@ def examine(
         )
     ids = examples[0].ids if examples else target.renderer.text("How are you today?").ids
     difference = logits_difference(model, ids[:64])
-    if difference == 0:
+    if not difference > 0:  # NaN, too, proves nothing
         raise UserError(
-            f"{name}: the adapter changes nothing: with it, the logits are the base's. Train the "
-            "run again with a higher training.learning_rate"
+            f"{name}: the adapter changes nothing: with it, the logits are the base's, or no numbers. "
+            "Train the run again with another training.learning_rate"
         )
     told = compare_losses(name, model, target, expected, examples) if examples else (
         "the loss was not compared, for its data is gone or was changed"

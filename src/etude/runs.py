@@ -180,9 +180,8 @@ def changes_since(folder: Path) -> list[str]:
     """How the environment differs from the one that the run in `folder` was trained in."""
     if not (folder / MANIFEST).is_file():
         return []
-    return environment_differences(
-        read_json(folder / MANIFEST).get("environment", {}), environment()
-    )
+    stored = read_json(folder / MANIFEST).get("environment")
+    return environment_differences(stored, environment()) if isinstance(stored, dict) else []
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:
