@@ -38,6 +38,7 @@ WORKLOADS = {
     "tweets": "data/tweets_sentiment.train.jsonl",
     "dictionary": "data/devils_dictionary.train.jsonl",
     "long": "data/devils_dictionary.train.jsonl",  # joined to conversations of 400-500 tokens
+    "full": "data/devils_dictionary.train.jsonl",  # joined, and cut to 512 tokens or little less
 }
 LIBRARIES = ("etude", "torch", "transformers", "peft", "accelerate", "trl")
 LEARNING_RATE = 2e-4
@@ -63,11 +64,12 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
     table = data.read(str(ROOT / settings.train), settings)
     conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
     random.Random(SEED).shuffle(conversations)
-    if workload == "long":
-        conversations = joined(conversations, renderer)
+    if workload in ("long", "full"):
+        conversations = joined(conversations, renderer, *((513, 700) if workload == "full" else ()))
     if len(conversations) < rows * steps:
         raise SystemExit(f"error: {workload} has rows for {len(conversations) // rows} steps")
-    examples = [renderer.render(messages) for messages in conversations[: rows * steps]]
+    rendered = [renderer.render(messages) for messages in conversations[: rows * steps]]
+    examples = [data.truncate(e, 512) if len(e) > 512 else e for e in rendered]
     plain = [
         {
             "ids": e.ids,
@@ -78,8 +80,8 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
     return [plain[at : at + rows] for at in range(0, len(plain), rows)]
 
 
-def joined(conversations: list[Any], renderer: Any) -> list[Any]:
-    """Conversations of 400 to 500 tokens, made of definitions after one another."""
+def joined(conversations: list[Any], renderer: Any, least: int = 400, most: int = 500) -> list[Any]:
+    """Conversations of `least` to `most` tokens, made of definitions after one another."""
     found: list[Any] = []
     current: list[Any] = []
     for number, messages in enumerate(conversations * 40):
@@ -87,9 +89,9 @@ def joined(conversations: list[Any], renderer: Any) -> list[Any]:
         head = [] if current else [{"role": "system", "content": f"Volume {number}."}]
         longer = [*current, *head, *messages]
         length = len(renderer.render(longer).ids)
-        if length > 500:
+        if length > most:
             current = []
-        elif length >= 400:
+        elif length >= least:
             found.append(longer)
             current = []
         else:

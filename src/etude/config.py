@@ -160,7 +160,7 @@ class Training(Section):
         False, description="bfloat16 mixed precision; Ampere and later, or a CPU with bf16"
     )
     use_cpu: bool = Field(False, description="true stays on the CPU even where there is a GPU")
-    compile: Literal["auto"] | bool = Field(
+    compile: Literal["auto", True, False] = Field(
         "auto",
         description="auto | true | false: torch.compile; auto where a training is long enough",
     )
@@ -393,9 +393,15 @@ def _explain(loc: KeyPath, kind: str, message: str, value: object) -> str:
         # The same key in another section is a likelier slip than a look-alike beside it.
         same = [key for key in known if key.split(".")[-1] == loc[-1]]
         sections = list(Config.model_fields)
-        guess = " or ".join(same) or nearest(dotted, known + sections)
-        beside = known if len(loc) == 1 else [key for key in known if key.startswith(f"{loc[0]}.")]
-        names = sections if len(loc) == 1 else [key.split(".")[1] for key in beside]
+        beside = [key.split(".")[1] for key in known if key.startswith(f"{loc[0]}.")]
+        names = sections if len(loc) == 1 else beside
+        if len(loc) == 1:
+            near = nearest(dotted, known + sections)
+        else:
+            # The last names alone: the section before them would make all its keys look alike.
+            last = nearest(str(loc[-1]), beside)
+            near = last and f"{loc[0]}.{last}"
+        guess = " or ".join(same) or near
         return "unknown key; " + (
             f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}"
         )
@@ -405,6 +411,7 @@ def _explain(loc: KeyPath, kind: str, message: str, value: object) -> str:
         text += " (write it without quotes)" if isinstance(value, str) and _number(value) else ""
     if kind == "literal_error" and isinstance(value, str):
         guess = nearest(value, re.findall(r"'([^']+)'", message))
+        text = text.replace("True or False", "true or false")
         text += f"; did you mean {guess}?" if guess else ""
     if kind == "model_type":
         text = f"a section with keys of its own is expected here, not {shown}"
