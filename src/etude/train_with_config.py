@@ -234,10 +234,11 @@ def open_folder(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
     )
     if changes:
+        several = f"torchrun --nproc_per_node {processes} -m etude.train_with_config"
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
-            f"etude train {folder / runs.CONFIG} --resume output.dir={folder}; start another run: "
+            f"{several if processes > 1 else 'etude train'} {folder / runs.CONFIG} --resume output.dir={folder}; start another run: "
             f"output.dir={free}; or go on all the same: --force",
         )
     return folder, checkpoint
@@ -439,16 +440,16 @@ def fit(
             eval_dataset=examples.get("validation"),
             callbacks=[*callbacks, recorder],
         )
-        ranks.agree(
-            {
-                "lora and training": shown(settings.lora, settings.training),
-                "the examples": shown(examples),
-                "the checkpoint": checkpoint.name if checkpoint else "none",
-            }
-        )
         recorder.trainer = loop
         loop.remove_callback(transformers.PrinterCallback)
         with stoppable(loop, folder):
+            ranks.agree(
+                {
+                    "lora and training": shown(settings.lora, settings.training),
+                    "the examples": shown(examples),
+                    "the checkpoint": checkpoint.name if checkpoint else "none",
+                }
+            )
             loop.run(checkpoint)
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise UserError(
@@ -487,7 +488,11 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
     from etude.trainer import Stopped
 
     code = terminal.INTERRUPTED
-    go_on = f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+    go_on = (
+        "the same command again goes on from there"
+        if ranks.WORLD > 1
+        else f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+    )
 
     def handle(number: int, frame: object) -> None:
         nonlocal code
@@ -515,11 +520,14 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
             f"stopped at step {state.global_step} of {state.max_steps}; {go_on}", code
         ) from None
     except RuntimeError as error:
-        if loop.args.world_size > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+        if ranks.WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+            # Without lines of code and addresses: then all that are left say the same, so it is told once.
+            reason = re.sub(r"\s*\[[^]]*](:\d+)?", "", first_line(error)).strip().partition(". ")[0]
+            newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
             raise UserError(
-                f"step {loop.state.global_step + 1}: another process of this training is gone "
-                f"({first_line(error):.200}). Its own message stands above, if it could give one; {go_on}, "
-                "with as many processes"
+                f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
+                f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
+                + (f"The last checkpoint is {newest}; {go_on}" if newest else "No checkpoint was made yet")
             ) from None
         raise
     finally:

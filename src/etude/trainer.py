@@ -357,9 +357,12 @@ class StepTrainer(Trainer):
         if checkpoint is not None:
             progress, tensors = checkpoints.load_state(Path(checkpoint))
             if progress["processes"] > 1:
+                # With --force there may be more processes now. Cloned: torch reads a generator's state
+                # from the beginning of its storage.
+                own = self.args.process_index % progress["processes"]
                 for key in ("random.cpu", "random.cuda"):
                     if key in tensors:
-                        tensors[key] = tensors[key][self.args.process_index]
+                        tensors[key] = tensors[key][own].clone()
             checkpoints.set_random_state(progress["random"], tensors)
 
     def restore_log(self) -> None:
