@@ -20,12 +20,35 @@ FIRST = RANK == 0  # it speaks and writes for all
 PATIENCE = datetime.timedelta(seconds=5)
 
 
-def check_launcher() -> None:
-    """Hold the launcher to what the trainer can do.
+# By these, `accelerate launch` tells how the model itself is to be spread over the processes.
+SPREAD = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
+}
+
+
+def check_launcher(mixed_precision: str) -> None:
+    """Hold the launcher's wishes to what the trainer does; `mixed_precision` is no, fp16 or bf16.
 
     Raises:
-        UserError: one process where several were asked for, or a way to share the model that would train wrongly.
+        UserError: one process where several were asked for, a model that is to be spread over the
+            processes, or another number format than the configuration's.
     """
+    asked = [name for key, name in SPREAD.items() if os.environ.get(key, "").lower() == "true"]
+    if asked:
+        raise UserError(
+            f"accelerate launch: {', '.join(asked)}: Etude gives each process the whole base and shares out "
+            "the rows. Use torchrun, or `accelerate launch --multi_gpu`; where the base does not fit, "
+            "model.quantization: int8 or nf4 holds it in a quarter or an eighth of its memory"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", mixed_precision):
+        raise UserError(
+            f"accelerate launch: --mixed_precision {precision}, but the configuration says {mixed_precision}. "
+            "Leave it to the configuration: --mixed_precision no, and training.fp16 or training.bf16"
+        )
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and WORLD == 1:
         raise UserError(
             "`accelerate launch --cpu` starts one process, whatever --num_processes says. Start with "

@@ -92,7 +92,8 @@ def run_training(
     Raises:
         UserError: whatever stands in the way, or a proof that fails.
     """
-    ranks.check_launcher()
+    training = settings.training
+    ranks.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
     folder, checkpoint = open_folder(settings, resume, force)
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
