@@ -105,7 +105,7 @@ def first_to_say(text: str) -> bool:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
     machine, attempt = os.environ["GROUP_RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     key = f"etude/{machine}/{attempt}/{hashlib.sha256(text.encode()).hexdigest()}"

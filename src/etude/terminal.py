@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import re
 import sys
 import warnings
@@ -157,7 +156,9 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, shown on a terminal only; yields the function that advances it."""
     from rich import progress
 
-    with progress.Progress(console=err, disable=not (FIRST and err.is_terminal), transient=True) as shown:
+    with progress.Progress(
+        console=err, disable=not (FIRST and err.is_terminal), transient=True
+    ) as shown:
         task = shown.add_task(label, total=total)
         yield lambda steps: shown.advance(task, steps)
 

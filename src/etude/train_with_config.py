@@ -235,12 +235,14 @@ def open_folder(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
     )
     if changes:
-        several = f"torchrun --nproc_per_node {processes} -m etude.train_with_config"
+        program = "etude train"
+        if processes > 1:
+            program = f"torchrun --nproc_per_node {processes} -m etude.train_with_config"
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
-            f"{several if processes > 1 else 'etude train'} {folder / runs.CONFIG} --resume output.dir={folder}; start another run: "
-            f"output.dir={free}; or go on all the same: --force",
+            f"{program} {folder / runs.CONFIG} --resume output.dir={folder}; "
+            f"start another run: output.dir={free}; or go on all the same: --force",
         )
     return folder, checkpoint
 
@@ -528,7 +530,11 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
             raise UserError(
                 f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
                 f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
-                + (f"The last checkpoint is {newest}; {go_on}" if newest else "No checkpoint was made yet")
+                + (
+                    f"The last checkpoint is {newest}; {go_on}"
+                    if newest
+                    else "No checkpoint was made yet"
+                )
             ) from None
         raise
     finally:

@@ -211,9 +211,11 @@ class StepTrainer(Trainer):
             example for example, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)
         ]
         # What is not finite is so for all processes; the rows may be another's.
-        found = sum(ranks.gather([example.origin for example in guilty]), [])
-        all_rows = sum(ranks.gather([example.origin for example in examples]), [])
-        rows = ", ".join(found or all_rows)
+        found, every = (
+            [example.origin for own in ranks.gather(part) for example in own]
+            for part in (guilty, examples)
+        )
+        rows = ", ".join(found or every)
         return UserError(
             f"step {self.state.global_step + 1}: the {what} is not a finite number, so the training was "
             f"stopped; the weights are those of step {self.state.global_step}. "
@@ -232,7 +234,7 @@ class StepTrainer(Trainer):
                     (float(total) / sum(example.supervised), example.origin)
                     for total, example in zip(own, examples, strict=True)
                 ]
-                means = sum(ranks.gather(means), [])
+                means = [item for own in ranks.gather(means) for item in own]
                 worst = ", ".join(f"{origin} ({mean:.2f})" for mean, origin in nlargest(3, means))
                 log.warning(
                     "step %d: the loss jumped to %.4f, from about %.4f; highest in: %s",
