@@ -524,8 +524,9 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
         ) from None
     except RuntimeError as error:
         if ranks.WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
-            # Without lines of code and addresses: then all that are left say the same, so it is told once.
-            reason = re.sub(r"\s*\[[^]]*](:\d+)?", "", first_line(error)).strip().partition(". ")[0]
+            # In the same words by all that are left, so that it is told once.
+            closed = re.search("closed|reset|broken pipe", str(error), re.I)
+            reason = "its connection ended" if closed else first_line(error)
             newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
             raise UserError(
                 f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
