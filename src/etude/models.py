@@ -228,6 +228,8 @@ def from_gguf(file: Path) -> Path:
         _convert(file, work)
         sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
         (work / SUMS).write_text(json.dumps(sums, indent=1))
+        if _verified(folder):  # another process was quicker, and may be reading it
+            return folder
         # Built beside and renamed: another process never sees half a model.
         if folder.exists() and not _verified(folder):
             shutil.rmtree(folder)

@@ -85,7 +85,7 @@ def in_a_new_process(folder: Path) -> str:
     # -P: a file torch.py in the folder where the user stands is not to be imported.
     command = [sys.executable, "-P", "-m", "etude", "verify", str(folder)]
     # Not one of several processes any more, where torchrun started this one.
-    left_out = {"FORCE_COLOR", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    left_out = {"FORCE_COLOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
     plain = {key: value for key, value in os.environ.items() if key not in left_out}
     done = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=plain

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import re
 import sys
 import warnings
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from etude.errors import UserError
+from etude.ranks import FIRST, first_to_say
 
 P = ParamSpec("P")
 
@@ -27,9 +27,7 @@ INTERRUPTED = 130
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 # Results go to stdout, all else to stderr, so that output can be piped.
-# Of several processes (torchrun), the first one speaks and writes; mistakes are told by each.
-FIRST = os.environ.get("RANK", "0") == "0"
-
+# Of several processes (torchrun) the first one speaks; a mistake is told by the first that meets it.
 # No markup: what is printed holds the user's texts, in which a bracket is a bracket.
 out = Console(highlight=False, soft_wrap=True, markup=False, quiet=not FIRST)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -65,7 +63,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             problem = str(error)
         except KeyboardInterrupt as interrupt:
-            err.print(f"\n{interrupt.args[0]}" if interrupt.args else "\nstopped")
+            text = str(interrupt.args[0]) if interrupt.args else "stopped"
+            if first_to_say(text):
+                err.print(f"\n{text}")
             raise typer.Exit(interrupt.args[1] if interrupt.args[1:] else INTERRUPTED) from None
         except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
             sys.stdout = None
@@ -78,7 +78,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 raise
         else:
             return
-        err.print(Text("error: ", style="bold red"), printable(problem), sep="")
+        if first_to_say(problem):
+            err.print(Text("error: ", style="bold red"), printable(problem), sep="")
         raise typer.Exit(USER_ERROR)
 
     return wrapper
@@ -123,7 +124,9 @@ class _Notices(logging.Handler):
     """Log records as plain lines on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(printable(self.format(record)))
+        text = printable(self.format(record))
+        if first_to_say(text):
+            err.print(text)
 
 
 def _quiet() -> None:
@@ -154,7 +157,9 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, shown on a terminal only; yields the function that advances it."""
     from rich import progress
 
-    with progress.Progress(console=err, disable=not err.is_terminal, transient=True) as shown:
+    with progress.Progress(
+        console=err, disable=not (FIRST and err.is_terminal), transient=True
+    ) as shown:
         task = shown.add_task(label, total=total)
         yield lambda steps: shown.advance(task, steps)
 
@@ -176,12 +181,12 @@ class Progress:
         self._task = self._bar.add_task("", total=None, facts="")
 
     def __enter__(self) -> "Progress":
-        if err.is_terminal:
+        if FIRST and err.is_terminal:
             self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if err.is_terminal:
+        if FIRST and err.is_terminal:
             self._bar.stop()
 
     def update(self, step: int, steps: int, loss: float, speed: float, left: float) -> None:

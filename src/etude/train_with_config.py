@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import math
-import os
 import re
 import signal
 import threading
@@ -17,7 +17,19 @@ from typing import Annotated, Any
 
 import typer
 
-from etude import batching, checkpoints, data, device, lora, models, proof, report, runs, terminal
+from etude import (
+    batching,
+    checkpoints,
+    data,
+    device,
+    lora,
+    models,
+    proof,
+    ranks,
+    report,
+    runs,
+    terminal,
+)
 from etude import config as configuration
 from etude.config import Config
 from etude.errors import UserError, first_line
@@ -80,13 +92,16 @@ def run_training(
     Raises:
         UserError: whatever stands in the way, or a proof that fails.
     """
+    training = settings.training
+    ranks.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
     folder, checkpoint = open_folder(settings, resume, force)
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
     tables = read_tables(settings)
     if again:
         check_data(again, tables)
-    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.FIRST:  # one of several processes writes for all
+        folder.mkdir(parents=True, exist_ok=True)
     place = device.choose(
         settings.model.dtype,
         settings.training.use_cpu,
@@ -122,10 +137,10 @@ def run_training(
     )
 
     settings = resolved(settings, tables["train"], base)
-    if terminal.FIRST:
+    if ranks.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force)
     results = fit(model, settings, place, examples, folder, checkpoint)
-    if not terminal.FIRST:  # one of several processes writes for all
+    if not ranks.FIRST:
         return
 
     lora.save(model, folder)
@@ -215,16 +230,19 @@ def open_folder(
         and not (key in RESOLVED and configuration.value(settings, key) is None)
     }
     processes = checkpoints.load_state(checkpoint)[0]["processes"]
-    differing["processes"] = (processes, int(os.environ.get("WORLD_SIZE", 1)))
+    differing["processes"] = (processes, ranks.WORLD)
     changes = "; ".join(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
     )
     if changes:
+        program = "etude train"
+        if processes > 1:
+            program = f"torchrun --nproc_per_node {processes} -m etude.train_with_config"
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
-            f"etude train {folder / runs.CONFIG} --resume output.dir={folder}; start another run: "
-            f"output.dir={free}; or go on all the same: --force",
+            f"{program} {folder / runs.CONFIG} --resume output.dir={folder}; "
+            f"start another run: output.dir={free}; or go on all the same: --force",
         )
     return folder, checkpoint
 
@@ -428,6 +446,13 @@ def fit(
         recorder.trainer = loop
         loop.remove_callback(transformers.PrinterCallback)
         with stoppable(loop, folder):
+            ranks.agree(
+                {
+                    "lora and training": shown(settings.lora, settings.training),
+                    "the examples": shown(examples),
+                    "the checkpoint": checkpoint.name if checkpoint else "none",
+                }
+            )
             loop.run(checkpoint)
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise UserError(
@@ -447,9 +472,17 @@ def fit(
     }
 
 
+def shown(*values: Any) -> str:
+    """The beginning of a SHA-256 of what Python shows of `values`: enough to tell two apart."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 @contextlib.contextmanager
 def stoppable(loop: Any, folder: Path) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the training after its step, with a checkpoint; twice, at once.
+
+    Of several processes each gets the signal twice, for the launcher passes it on: there the second one
+    counts for nothing, and the launcher itself ends what does not end in time.
 
     Raises:
         KeyboardInterrupt: with what to say and the exit code, 128 + the signal's number.
@@ -458,19 +491,25 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
     from etude.trainer import Stopped
 
     code = terminal.INTERRUPTED
-    go_on = f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+    go_on = (
+        "the same command again goes on from there"
+        if ranks.WORLD > 1
+        else f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+    )
 
     def handle(number: int, frame: object) -> None:
         nonlocal code
         code = 128 + number
+        if loop.stop and ranks.WORLD > 1:
+            return
         if loop.stop:
             checkpoint, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
             saved = go_on if checkpoint else "no checkpoint was made yet"
             raise KeyboardInterrupt(f"left at once; {saved}", code)
         loop.stop = True
-        terminal.err.print(
-            "stopping after this step, with a checkpoint; once more to leave at once"
-        )
+        if ranks.FIRST:
+            more = "" if ranks.WORLD > 1 else "; once more to leave at once"
+            terminal.err.print(f"stopping after this step, with a checkpoint{more}")
 
     # Python lets only the main thread set them.
     main = threading.current_thread() is threading.main_thread()
@@ -484,11 +523,19 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
             f"stopped at step {state.global_step} of {state.max_steps}; {go_on}", code
         ) from None
     except RuntimeError as error:
-        if loop.args.world_size > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+        if ranks.WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+            # In the same words by all that are left, so that it is told once.
+            closed = re.search("closed|reset|broken pipe", str(error), re.I)
+            reason = "its connection ended" if closed else first_line(error)
+            newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
             raise UserError(
-                f"step {loop.state.global_step + 1}: another process of this training is gone "
-                f"({first_line(error):.200}). Its own message stands above, if it could give one; {go_on}, "
-                "with as many processes"
+                f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
+                f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
+                + (
+                    f"The last checkpoint is {newest}; {go_on}"
+                    if newest
+                    else "No checkpoint was made yet"
+                )
             ) from None
         raise
     finally:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from etude import batching, checkpoints, lora
+from etude import batching, checkpoints, lora, ranks
 from etude.config import Config
 from etude.conversation import Example
 from etude.device import Device
@@ -96,7 +95,8 @@ class StepTrainer(Trainer):
         else:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = self.state.best_global_step
-        if best and best != self.state.global_step:
+        # The first process writes the result, and another machine may not see the checkpoints.
+        if ranks.FIRST and best and best != self.state.global_step:
             chosen = Path(str(self.args.output_dir)) / checkpoints.name(best)
             reason = checkpoints.why_not(chosen)
             if reason:
@@ -153,7 +153,7 @@ class StepTrainer(Trainer):
                 losses = batching.token_losses(self.model, batch)
             self.accelerator.backward(losses.sum() / supervised)
             own.index_add_(0, batch.owner, losses.detach())
-        if self.args.world_size > 1:
+        if ranks.WORLD > 1:
             for parameter in self._trained():
                 if parameter.grad is None:  # no example of this step fell to this process
                     parameter.grad = torch.zeros_like(parameter)
@@ -165,11 +165,7 @@ class StepTrainer(Trainer):
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def _sum(self, value: Any) -> torch.Tensor:
-        """The sum of a number over all processes."""
-        total = torch.as_tensor(value, device=self.args.device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(total)
-        return total
+        return ranks.total(value, self.args.device)
 
     def _cut_smaller(self, examples: list[Example], error: RuntimeError) -> None:
         """Halve the passes if `error` says that memory ran out; else raise it again."""
@@ -214,11 +210,16 @@ class StepTrainer(Trainer):
         guilty = [
             example for example, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)
         ]
-        rows = ", ".join(example.origin for example in guilty or examples)
+        # What is not finite is so for all processes; the rows may be another's.
+        found, every = (
+            [example.origin for own in ranks.gather(part) for example in own]
+            for part in (guilty, examples)
+        )
+        rows = ", ".join(found or every)
         return UserError(
             f"step {self.state.global_step + 1}: the {what} is not a finite number, so the training was "
             f"stopped; the weights are those of step {self.state.global_step}. "
-            + (f"Rows whose own loss is not finite: {rows}. " if guilty else f"Its rows: {rows}. ")
+            + (f"Rows whose own loss is not finite: {rows}. " if found else f"Its rows: {rows}. ")
             + "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
             "on from the last checkpoint, if one was made"
         )
@@ -233,6 +234,7 @@ class StepTrainer(Trainer):
                     (float(total) / sum(example.supervised), example.origin)
                     for total, example in zip(own, examples, strict=True)
                 ]
+                means = [item for own in ranks.gather(means) for item in own]
                 worst = ", ".join(f"{origin} ({mean:.2f})" for mean, origin in nlargest(3, means))
                 log.warning(
                     "step %d: the loss jumped to %.4f, from about %.4f; highest in: %s",
@@ -290,6 +292,8 @@ class StepTrainer(Trainer):
         self.control.should_save |= self.control.should_evaluate or stopping
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stopping:
+            # None leaves before the first one has written: torchrun ends all when one has ended.
+            self._sum(0)
             raise Stopped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -297,11 +301,9 @@ class StepTrainer(Trainer):
         if step == self._saved_step:  # the end of an epoch may fall on a step that was saved
             return
         values, tensors = checkpoints.random_state()
-        if self.args.world_size > 1:
-            own = tensors["random.cpu"]
-            every = [torch.empty_like(own) for _ in range(self.args.world_size)]
-            torch.distributed.all_gather(every, own)
-            tensors["random.cpu"] = torch.stack(every)
+        if ranks.WORLD > 1:
+            every = ranks.gather(tensors)
+            tensors = {key: torch.stack([own[key] for own in every]) for key in tensors}
         if self.args.should_save:
             optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler
@@ -357,7 +359,12 @@ class StepTrainer(Trainer):
         if checkpoint is not None:
             progress, tensors = checkpoints.load_state(Path(checkpoint))
             if progress["processes"] > 1:
-                tensors["random.cpu"] = tensors["random.cpu"][self.args.process_index]
+                # With --force there may be more processes now. Cloned: torch reads a generator's state
+                # from the beginning of its storage.
+                own = self.args.process_index % progress["processes"]
+                for key in ("random.cpu", "random.cuda"):
+                    if key in tensors:
+                        tensors[key] = tensors[key][own].clone()
             checkpoints.set_random_state(progress["random"], tensors)
 
     def restore_log(self) -> None:
@@ -437,7 +444,7 @@ def arguments(
     """
     training = config.training
     rows = training.batch_size * training.gradient_accumulation_steps
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = ranks.WORLD
     if rows % processes:
         raise UserError(
             f"training: a step has {rows} rows (batch_size x gradient_accumulation_steps), which "
