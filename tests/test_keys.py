@@ -145,6 +145,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
             evaluation, "label_log_likelihoods", spy("likelihood", [[0.0, 1.0]] * count)
         )
         monkeypatch.setattr(evaluation, "respond", spy("generate", answers))
+        monkeypatch.setattr(evaluation, "refuse_beyond_window", lambda *_: None)
         result = evaluation.measure_labels(None, None, table, config, "model")
         return calls, result["intervals"]
 
