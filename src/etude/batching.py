@@ -181,6 +181,19 @@ CPU_BUDGET = 512
 GPU_BUDGET = 8192
 
 
+def pass_budget(device: str, rows: int, max_length: int) -> int:
+    """Tokens of a packed pass: what `rows` full examples would hold, up to the device's cap."""
+    return min(rows * max_length, CPU_BUDGET if device == "cpu" else GPU_BUDGET)
+
+
+def order(seed: int, epoch: int, examples: int) -> list[int]:
+    """The order in which an epoch learns from `examples` examples."""
+    import numpy as np
+
+    found: list[int] = np.random.default_rng([seed, epoch]).permutation(examples).tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts examples into the passes of one model: packed where that is proven, else padded.
@@ -200,10 +213,9 @@ class Cutter:
     @classmethod
     def of(cls, model: Any, rows: int, max_length: int) -> "Cutter":
         """The cutter for `model`, on its device, whose examples have up to `max_length` tokens."""
-        cap = CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET
         return cls(
             rows=rows,
-            budget=min(rows * max_length, cap),
+            budget=pass_budget(model.device.type, rows, max_length),
             why_padded=why_not_packed(model, max_length),
             device=str(model.device),
             dtype=model.dtype,

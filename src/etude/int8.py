@@ -151,7 +151,11 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype, copy=True)
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless told
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        # M_MMAP_THRESHOLD: from 2 MB on a tensor is mapped by itself, and unmapped when it is freed.
+        # glibc would raise the limit with each freed weight and keep holes of that size.
+        libc.mallopt(-3, 2 << 20)
 
 
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
