@@ -135,6 +135,7 @@ def run_training(
         start_folder(folder, checkpoint, settings, tables, base, force)
     results = fit(model, settings, place, examples, folder, checkpoint)
     results["memory"] = {
+        "plan": planned and dataclasses.asdict(planned),
         "planned": planned and planned.peak,
         "peak": device.used_memory(place.name, peak=True),
     }
