@@ -6,10 +6,12 @@ own ancestors only, and its position is its depth. So nothing differs from the e
 one but the work that is saved.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from etude.config import Config
 from etude.conversation import Example
 from etude.errors import first_line
 
@@ -291,3 +293,44 @@ def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Ten
     for batch in passes:
         losses.index_add_(0, batch.owner.cpu(), token_losses(model, batch).cpu())
     return losses
+
+
+# --- which passes a training will have -------------------------------------------------------
+
+# A position at which logits are needed weighs about as much as that part of a token's activations:
+# twice the vocabulary against some 20 times the hidden size a layer.
+LOGITS = 0.2
+LOOKED_AT = 256  # steps that are cut to find the largest pass; those of the longest rows besides
+
+
+def weight(batch: Pass) -> float:
+    """How much a pass holds, in tokens: its own, and its logits at LOGITS each."""
+    rows: int = batch.input_ids.shape[0]
+    return batch.input_ids.numel() + LOGITS * rows * len(batch.keep)
+
+
+def largest(passes: Iterable[Pass]) -> tuple[Pass, int]:
+    """The pass that holds most, and the tokens of all."""
+    found, tokens = None, 0
+    for batch in passes:
+        tokens += batch.input_ids.numel()
+        if found is None or weight(batch) > weight(found):
+            found = batch
+    assert found is not None
+    return found, tokens
+
+
+def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
+    training = settings.training
+    rows = training.batch_size * training.gradient_accumulation_steps
+    indices = order(training.seed, 0, len(examples))
+    steps = [indices[at : at + rows] for at in range(0, len(indices), rows)][: training.max_steps]
+    chosen = steps[:LOOKED_AT]
+    rest = steps[LOOKED_AT:]
+    rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    for step in chosen + rest[:8]:
+        own = step[rank::world]
+        if own:
+            yield [examples[index] for index in own]

@@ -1,27 +1,23 @@
 """What a training will take in memory and time, told before the weights are loaded.
 
-The model is built without numbers (PyTorch's fake tensors: shapes, types and storages alone) and
-walked through its largest pass, forward and backward. Each tensor's bytes are counted from where it
-is made until nothing refers to it any more, so attention, masks, the adapter, int8 and gradient
-checkpointing count as they are computed, whatever the architecture. The same walk counts the
-operations of the matrix products, from which, with the machine's measured speed, the time follows.
+The model is walked through its largest pass without numbers (`counting.walk`), which gives the bytes
+of all its tensors and the operations of its matrix products; from those, with the machine's measured
+speed, the time follows.
 
 What allocators and compilers add to that is not derivable. HELD, COMPILED, LATER and COMPILER were
 fitted to the peaks (VmHWM) that benchmarks/memory.py measured on the sample model, torch 2.13,
 glibc 2.36, two CPU cores; other models and machines were not used for it.
 """
 
-import contextlib
 import logging
 import math
 import os
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from etude import batching, data, device, lora
+from etude import batching, counting, data, device, lora
 from etude.config import Config
 from etude.conversation import Example
 from etude.device import Device
@@ -41,10 +37,6 @@ NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised t
 # by benchmarks/train.py.
 EFFICIENCY = {"plain": 0.6, "compiled": 0.75, "int8": 0.5}
 COMPILING = 40.0  # seconds on two cores
-# A position at which logits are needed weighs about as much as that part of a token's activations:
-# twice the vocabulary against some 20 times the hidden size a layer.
-LOGITS = 0.2
-LOOKED_AT = 256  # steps that are cut to find the largest pass; those of the longest rows besides
 
 
 @dataclass(frozen=True)
@@ -115,140 +107,7 @@ def _gb(size: float) -> str:
     return f"{size / GB:.2f} GB"
 
 
-# --- the walk: counting tensors that are not there ---------------------------------------------
-
-
-@dataclass
-class Walk:
-    """What one pass was found to take: most bytes at once, bytes left at its end, operations."""
-
-    peak: int
-    left: int
-    operations: float
-
-
-def walk(model: Any, compute: Callable[[], Any]) -> Walk:
-    """Count the tensors that `compute` makes, until each is gone, and its products' operations.
-
-    What `model` holds is not counted, nor are views of it.
-
-    A product [m, k] x [k, n] has 2 m k n operations; attention [tokens, size] two such.
-    """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    held = (*model.parameters(), *model.buffers())
-    sizes = {tensor.untyped_storage()._cdata: 0 for tensor in held}
-    found = Walk(0, 0, 0.0)
-
-    def gone(key: int) -> None:
-        found.left -= sizes.pop(key)
-
-    class Counter(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            name = func.overloadpacket.__name__
-            if name in ("mm", "bmm", "_int_mm"):
-                found.operations += 2.0 * args[0].numel() * args[1].shape[-1]
-            elif name == "addmm":
-                found.operations += 2.0 * args[1].numel() * args[2].shape[-1]
-            elif "scaled_dot_product" in name:
-                at = 1 if "backward" in name else 0  # backward begins with the output's gradient
-                query, key = args[at], args[at + 1]
-                found.operations += 4.0 * (1 + at) * query.numel() * key.shape[-2]
-            for tensor in result if isinstance(result, tuple | list) else (result,):
-                with contextlib.suppress(AttributeError):  # no tensor
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in sizes:
-                        sizes[storage._cdata] = storage.nbytes()
-                        found.left += storage.nbytes()
-                        found.peak = max(found.peak, found.left)
-                        weakref.finalize(storage, gone, storage._cdata)
-            return result
-
-    counter: Any = Counter
-    with counter():
-        kept = compute()
-    left = found.left  # with what `compute` returned
-    del kept
-    return replace(found, left=left)
-
-
-def _numberless(model: Any) -> None:
-    """Put fake tensors in place of the parameters and buffers of a model on the meta device.
-
-    On the CPU: what PyTorch would choose for meta, attention for one, is not what runs.
-    """
-    import torch
-
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is None:
-                continue
-            if id(value) not in made:  # embeddings and head may be one
-                new = torch.nn.Parameter(torch.empty(value.shape, dtype=value.dtype), False)
-                if value.requires_grad:
-                    new.requires_grad_()
-                    new.grad = torch.empty_like(new)
-                made[id(value)] = new
-            module._parameters[name] = made[id(value)]
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    unique = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return sum(unique.values())
-
-
-def _fake_pass(mode: Any, batch: batching.Pass, stateful: bool) -> batching.Pass:
-    """`batch` without numbers; a mask of 0/1 as the one that attention layers make of it."""
-    import torch
-
-    faked = {name: mode.from_tensor(value) for name, value in vars(batch).items()}
-    rows, tokens = batch.input_ids.shape
-    if not batch.attention_mask.is_floating_point() and not stateful:
-        faked["attention_mask"] = torch.empty(rows, 1, tokens, tokens, dtype=torch.bool)
-    return batching.Pass(**faked)
-
-
-# --- which passes there will be ------------------------------------------------------------------
-
-
-def weight(batch: batching.Pass) -> float:
-    """How much a pass holds, in tokens: its own, and its logits at LOGITS each."""
-    rows: int = batch.input_ids.shape[0]
-    return batch.input_ids.numel() + LOGITS * rows * len(batch.keep)
-
-
-def largest(passes: Iterable[batching.Pass]) -> tuple[batching.Pass, int]:
-    """The pass that holds most, and the tokens of all."""
-    found, tokens = None, 0
-    for batch in passes:
-        tokens += batch.input_ids.numel()
-        if found is None or weight(batch) > weight(found):
-            found = batch
-    assert found is not None
-    return found, tokens
-
-
-def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
-    training = settings.training
-    rows = training.batch_size * training.gradient_accumulation_steps
-    order = batching.order(training.seed, 0, len(examples))
-    steps = [order[at : at + rows] for at in range(0, len(order), rows)][: training.max_steps]
-    chosen = steps[:LOOKED_AT]
-    rest = steps[LOOKED_AT:]
-    rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    for step in chosen + rest[:8]:
-        own = step[rank::world]
-        if own:
-            yield [examples[index] for index in own]
+# --- the estimate --------------------------------------------------------------------------------
 
 
 def _cutter(model: Any, settings: Config, place: Device) -> batching.Cutter:
@@ -269,9 +128,6 @@ def _cutter(model: Any, settings: Config, place: Device) -> batching.Cutter:
 
 def _stateful(model: Any) -> bool:
     return bool(getattr(model.get_base_model(), "_is_stateful", False))
-
-
-# --- the estimate --------------------------------------------------------------------------------
 
 
 def estimate(
@@ -316,11 +172,11 @@ def _estimate(
     rows = training.batch_size * training.gradient_accumulation_steps
     model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
     cutter = _cutter(model, settings, place)
-    looked_at = list(first_steps(settings, examples["train"]))
-    batch, tokens = largest(batch for step in looked_at for batch in cutter(step))
+    looked_at = list(batching.first_steps(settings, examples["train"]))
+    batch, tokens = batching.largest(batch for step in looked_at for batch in cutter(step))
     tokens = tokens * steps // len(looked_at)
     held_out = examples.get("validation", [])
-    checked, checked_tokens = largest(cutter(held_out)) if held_out else (batch, 0)
+    checked, checked_tokens = batching.largest(cutter(held_out)) if held_out else (batch, 0)
     rounds = math.ceil(steps / (training.eval_steps or math.ceil(len(examples["train"]) / rows)))
     pays = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
     compile = training.compile is True or (training.compile == "auto" and pays)
@@ -329,20 +185,20 @@ def _estimate(
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
-    base = full = _bytes(frozen)
+    base = full = counting.size(frozen)
     linears = [linear.weight for linear in int8.frozen_linears(model).values()]
     stateful = _stateful(model)
     half = torch.float16 if training.fp16 else torch.bfloat16
     mixed = torch.autocast("cpu", half, enabled=training.fp16 or training.bf16)
     with FakeTensorMode() as mode:
-        _numberless(model)
+        counting.numberless(model)
         if quantization == "int8":
             for name, linear in int8.frozen_linears(model).items():
                 parent, _, last = name.rpartition(".")
                 width = torch.empty(linear.in_features)
                 setattr(model.get_submodule(parent), last, int8.Int8Linear(linear, width))
-            base = _bytes(p for p in model.parameters() if not p.requires_grad)
-            base += _bytes(
+            base = counting.size(p for p in model.parameters() if not p.requires_grad)
+            base += counting.size(
                 buffer
                 for module in model.modules()
                 if isinstance(module, int8.Int8Linear)
@@ -350,7 +206,7 @@ def _estimate(
             )
         elif quantization == "nf4":
             base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
-        learnt, seen = (_fake_pass(mode, part, stateful) for part in (batch, checked))
+        learnt, seen = (counting.fake_pass(mode, part, stateful) for part in (batch, checked))
         model.train()
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -360,16 +216,16 @@ def _estimate(
                 losses = batching.token_losses(model, learnt)
             losses.sum().backward()
 
-        step = walk(model, forward_and_backward)
+        step = counting.walk(model, forward_and_backward)
         model.eval()
         with torch.no_grad(), mixed:
-            judged = walk(model, lambda: batching.token_losses(model, seen))
+            judged = counting.walk(model, lambda: batching.token_losses(model, seen))
             cache = _generation(model, settings, examples["train"], stateful)
     # nf4 makes one layer's weights anew for each product.
     again = max((w.numel() * w.element_size() for w in linears), default=0)
     extra = again if quantization == "nf4" else 0
     factor = HELD * (COMPILED if compile else 1)
-    adapter = _bytes(trained)
+    adapter = counting.size(trained)
     stored = count * outline.stored.itemsize
     loading = 0
     if outline.unconverted:
@@ -412,7 +268,7 @@ def _generation(model: Any, settings: Config, examples: Sequence[Example], state
     total = prompt + settings.generation.max_new_tokens
     kind = torch.int64 if stateful else torch.bool
     shape = (rows, prompt) if stateful else (rows, 1, prompt, prompt)
-    found = walk(
+    found = counting.walk(
         model,
         lambda: model(
             input_ids=torch.empty(rows, prompt, dtype=torch.int64),
@@ -531,67 +387,3 @@ def _alternatives(
         yield "lora.r=8", changed("lora", r=8), examples
     if training.compile is not False:
         yield "training.compile=false", changed("training", compile=False), examples
-
-
-# --- the rehearsal -------------------------------------------------------------------------------
-
-
-def rehearse(
-    model: Any,
-    cutter: batching.Cutter,
-    examples: dict[str, list[Example]],
-    settings: Config,
-) -> batching.Cutter:
-    """Compute the largest pass forward and backward, and the largest of the validation, as training will.
-
-    Returns the cutter, or where memory runs out, one whose passes are small enough. Leaves no trace:
-    weights, gradients and random numbers are those before.
-
-    Raises:
-        UserError: not even the smallest pass fits.
-    """
-    if settings.training.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    while True:
-        try:
-            _rehearse(model, cutter, examples, settings)
-            return cutter
-        except RuntimeError as error:
-            if not device.out_of_memory(error):
-                raise
-        smaller = cutter.smaller()
-        if smaller is None:
-            raise UserError(
-                "not even one example fits in memory. Lower dataset.max_length or lora.r, set "
-                "training.gradient_checkpointing: true or model.quantization: int8, or take a smaller "
-                "model.name"
-            )
-        cutter = smaller
-        device.free_memory()
-        log.warning("out of memory in the rehearsal; the passes are halved to %s", cutter.size)
-
-
-def _rehearse(
-    model: Any, cutter: batching.Cutter, examples: dict[str, list[Example]], settings: Config
-) -> None:
-    import torch
-
-    training = settings.training
-    batch, _ = largest(b for step in first_steps(settings, examples["train"]) for b in cutter(step))
-    half = torch.float16 if training.fp16 else torch.bfloat16
-    mixed = torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16)
-    was_training = model.training
-    try:
-        model.train()
-        with torch.random.fork_rng():
-            with mixed:
-                losses = batching.token_losses(model, batch)
-            losses.sum().backward()
-        if examples.get("validation"):
-            model.eval()
-            held_out, _ = largest(cutter(examples["validation"]))
-            with torch.compiler.set_stance("force_eager"), torch.no_grad(), mixed:
-                batching.token_losses(model, held_out)
-    finally:
-        model.zero_grad()
-        model.train(was_training)

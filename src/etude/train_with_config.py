@@ -26,6 +26,7 @@ from etude import (
     models,
     plan,
     proof,
+    rehearsal,
     report,
     runs,
     terminal,
@@ -456,7 +457,7 @@ def fit(
             "steps, so the learning rate would never rise; lower it, set 0, or train longer"
         )
     cutter, engine = prepare(model, settings, place, examples["train"], steps)
-    cutter = plan.rehearse(model, cutter, examples, settings)
+    cutter = rehearsal.rehearse(model, cutter, examples, settings)
     terminal.say("engine", engine)
     if checkpoint:
         terminal.say("resume", f"from {checkpoint}")
