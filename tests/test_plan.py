@@ -182,9 +182,9 @@ def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpoint
         assert forward.left == pytest.approx(real_pass(real, batch), rel=0.1)
     assert both.peak >= forward.left
     assert both.left < 0.01 * both.peak  # all is given back
-    # Backward: a product for the gradient of each input, and for A and B one more each.
-    again = 1 if checkpointing else 0
-    assert 1.9 + again * 0.5 < both.operations / forward.operations < 3.1 + again
+    # Backward: a product for the gradient of each input; for A and B one more each. Checkpointing
+    # computes the layers' forward again.
+    assert (2.0 if checkpointing else 1.7) < both.operations / forward.operations < 3.5
 
 
 def test_what_saves_memory_saves_it_in_the_plan(prepared):

@@ -124,6 +124,10 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
 
     `passes` (a few dozen rows of the data are enough) show how large each layer's inputs get.
     """
+    # M_MMAP_THRESHOLD: from 2 MB on a tensor is mapped by itself, and unmapped when it is freed. glibc
+    # would raise the limit with the first one freed, and keep a hole of each layer's float weight.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2 << 20)
     largest: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -151,11 +155,7 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype, copy=True)
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless told
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
-        # M_MMAP_THRESHOLD: from 2 MB on a tensor is mapped by itself, and unmapped when it is freed.
-        # glibc would raise the limit with each freed weight and keep holes of that size.
-        libc.mallopt(-3, 2 << 20)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
