@@ -300,6 +300,7 @@ def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Ten
 # A position at which logits are needed weighs about as much as that part of a token's activations:
 # twice the vocabulary against some 20 times the hidden size a layer.
 LOGITS = 0.2
+VALIDATED = 4096  # validation rows, the longest, that are cut to find the largest pass
 LOOKED_AT = 256  # steps that are cut to find the largest pass; those of the longest rows besides
 
 
@@ -334,3 +335,8 @@ def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[
         own = step[rank::world]
         if own:
             yield [examples[index] for index in own]
+
+
+def longest(examples: Sequence[Example]) -> list[Example]:
+    """The VALIDATED longest examples: those that the largest pass is looked for in."""
+    return sorted(examples, key=len)[-VALIDATED:]

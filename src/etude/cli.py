@@ -60,8 +60,8 @@ def validate(
     renderer = runs.renderer_for(outline, settings)
     examples, reports = train_with_config.encode(tables, renderer, settings)
     train_with_config.show_data(examples, reports, outline.tokenizer)
-    if train_with_config.make_plan(settings, outline, place, examples):
-        terminal.say("result", "the configuration is valid, and the training fits in memory")
+    fits = train_with_config.make_plan(settings, outline, place, examples)
+    terminal.say("result", f"valid{', and the training fits in memory' if fits else ''}")
 
 
 @app.command()

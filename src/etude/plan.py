@@ -176,7 +176,11 @@ def _estimate(
     batch, tokens = batching.largest(batch for step in looked_at for batch in cutter(step))
     tokens = tokens * steps // len(looked_at)
     held_out = examples.get("validation", [])
-    checked, checked_tokens = batching.largest(cutter(held_out)) if held_out else (batch, 0)
+    checked, checked_tokens = batch, 0
+    if held_out:
+        longest = batching.longest(held_out)
+        checked, checked_tokens = batching.largest(cutter(longest))
+        checked_tokens = checked_tokens * sum(map(len, held_out)) // sum(map(len, longest))
     rounds = math.ceil(steps / (training.eval_steps or math.ceil(len(examples["train"]) / rows)))
     pays = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
     compile = training.compile is True or (training.compile == "auto" and pays)

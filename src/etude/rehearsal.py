@@ -66,7 +66,7 @@ def _rehearse(
             losses.sum().backward()
         if examples.get("validation"):
             model.eval()
-            held_out, _ = batching.largest(cutter(examples["validation"]))
+            held_out, _ = batching.largest(cutter(batching.longest(examples["validation"])))
             with torch.compiler.set_stance("force_eager"), torch.no_grad(), mixed:
                 batching.token_losses(model, held_out)
     finally:
