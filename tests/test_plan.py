@@ -389,7 +389,7 @@ def test_validate_shows_configuration_data_and_plan(tiny_model, files):
 
 def test_a_run_notes_planned_and_measured_memory(tiny_model, files, tmp_path):
     run = tmp_path / "run"
-    arguments = overrides_for(tiny_model, files, "training.max_steps=1", f"output.dir={run}")
+    arguments = overrides_for(tiny_model, files, "training.max_steps=2", f"output.dir={run}")
     result = etude("train", *arguments, "--preset", "cpu")
     assert result.exit_code == 0, result.output
     memory = json.loads((run / "manifest.json").read_text())["results"]["memory"]

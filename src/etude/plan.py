@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 GB = 1e9
 HELD = 1.0  # memory taken for each byte of a pass's tensors
 COMPILED = 0.8  # the same where the layers are compiled: fewer tensors live between products
-LATER = 50e6  # bytes of what is imported and kept after the plan is made
+LATER = 100e6  # bytes of what is imported and kept after the plan is made
 COMPILER = 250e6  # bytes that torch.compile keeps in the process
 CONVERTING = 2.0  # times a model's float32 bytes, for a moment, while its GGUF file is converted
 NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
@@ -239,8 +239,8 @@ def _estimate(
     elif outline.stored != place.torch_dtype:
         loading = stored
     host = place.name != "cuda"
-    overhead = LATER + (COMPILER if compile else 0)
-    libraries = int(device.used_memory("cpu") + overhead) if host else 0
+    bare = int(device.used_memory("cpu") + LATER) if host else 0
+    libraries = bare + (int(COMPILER) if host and compile else 0)
     validation = int(HELD * judged.peak) + extra
     return Plan(
         libraries=libraries,
@@ -250,7 +250,7 @@ def _estimate(
         optimizer=3 * adapter,
         training=int(factor * step.peak) + extra,
         validation=validation,
-        proof=libraries + full + adapter + validation,
+        proof=bare + full + adapter + validation,
         generation=cache,
         tokens=batch.input_ids.numel(),
         seconds=_seconds(
