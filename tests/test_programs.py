@@ -270,10 +270,11 @@ def test_the_repositorys_config_is_what_init_writes():
     assert (ROOT / "config.yml").read_text() == configuration.to_yaml(configuration.Config())
 
 
-def test_validate_reads_the_data_without_a_model(monkeypatch):
+def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = etude("validate", "config.yml")
-    assert result.exit_code == 0, result.output
+    result = etude("validate", "config.yml")  # the default model is on the Hub, out of reach here
+    assert result.exit_code == 2, result.output
+    assert "the Hub cannot be reached" in result.output
     assert "2,880 rows, format classification, labels negative, neutral, positive" in result.output
     result = etude("validate", "config.yml", "dataset.columns={text: rating}", "lora.rr=4")
     assert result.exit_code == 2

@@ -6,10 +6,12 @@ own ancestors only, and its position is its depth. So nothing differs from the e
 one but the work that is saved.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from etude.config import Config
 from etude.conversation import Example
 from etude.errors import first_line
 
@@ -181,6 +183,19 @@ CPU_BUDGET = 512
 GPU_BUDGET = 8192
 
 
+def pass_budget(device: str, rows: int, max_length: int) -> int:
+    """Tokens of a packed pass: what `rows` full examples would hold, up to the device's cap."""
+    return min(rows * max_length, CPU_BUDGET if device == "cpu" else GPU_BUDGET)
+
+
+def order(seed: int, epoch: int, examples: int) -> list[int]:
+    """The order in which an epoch learns from `examples` examples."""
+    import numpy as np
+
+    found: list[int] = np.random.default_rng([seed, epoch]).permutation(examples).tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts examples into the passes of one model: packed where that is proven, else padded.
@@ -200,10 +215,9 @@ class Cutter:
     @classmethod
     def of(cls, model: Any, rows: int, max_length: int) -> "Cutter":
         """The cutter for `model`, on its device, whose examples have up to `max_length` tokens."""
-        cap = CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET
         return cls(
             rows=rows,
-            budget=min(rows * max_length, cap),
+            budget=pass_budget(model.device.type, rows, max_length),
             why_padded=why_not_packed(model, max_length),
             device=str(model.device),
             dtype=model.dtype,
@@ -279,3 +293,50 @@ def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Ten
     for batch in passes:
         losses.index_add_(0, batch.owner.cpu(), token_losses(model, batch).cpu())
     return losses
+
+
+# --- which passes a training will have -------------------------------------------------------
+
+# A position at which logits are needed weighs about as much as that part of a token's activations:
+# twice the vocabulary against some 20 times the hidden size a layer.
+LOGITS = 0.2
+VALIDATED = 4096  # validation rows, the longest, that are cut to find the largest pass
+LOOKED_AT = 256  # steps that are cut to find the largest pass; those of the longest rows besides
+
+
+def weight(batch: Pass) -> float:
+    """How much a pass holds, in tokens: its own, and its logits at LOGITS each."""
+    rows: int = batch.input_ids.shape[0]
+    return batch.input_ids.numel() + LOGITS * rows * len(batch.keep)
+
+
+def largest(passes: Iterable[Pass]) -> tuple[Pass, int]:
+    """The pass that holds most, and the tokens of all."""
+    found, tokens = None, 0
+    for batch in passes:
+        tokens += batch.input_ids.numel()
+        if found is None or weight(batch) > weight(found):
+            found = batch
+    assert found is not None
+    return found, tokens
+
+
+def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
+    training = settings.training
+    rows = training.batch_size * training.gradient_accumulation_steps
+    indices = order(training.seed, 0, len(examples))
+    steps = [indices[at : at + rows] for at in range(0, len(indices), rows)][: training.max_steps]
+    chosen = steps[:LOOKED_AT]
+    rest = steps[LOOKED_AT:]
+    rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    for step in chosen + rest[:8]:
+        own = step[rank::world]
+        if own:
+            yield [examples[index] for index in own]
+
+
+def longest(examples: Sequence[Example]) -> list[Example]:
+    """The VALIDATED longest examples: those that the largest pass is looked for in."""
+    return sorted(examples, key=len)[-VALIDATED:]

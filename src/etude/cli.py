@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from etude import chat, data, evaluation, proof, runs, terminal, train_with_config
+from etude import chat, data, evaluation, models, proof, runs, terminal, train_with_config
 from etude import config as configuration
 from etude.errors import UserError
 from etude.foreign import expanded
@@ -46,15 +46,22 @@ def validate(
     config: train_with_config.ConfigFile = None,
     preset: train_with_config.Presets = None,
 ) -> None:
-    """Check the configuration and read the data, without loading a model."""
+    """Check the configuration, read the data, and plan memory and time, without the model's weights."""
     settings = train_with_config.load_config(arguments or [], config, preset or [])
+    terminal.say("config", "valid")
     tables = train_with_config.read_tables(settings)
     for split, table in tables.items():
         labels = f", labels {', '.join(table.labels)}" if table.labels else ""
-        terminal.out.print(
-            f"{split:<10} {table.source}: {len(table.rows):,} rows, format {table.format}{labels}"
-        )
-    terminal.out.print("The configuration is valid.")
+        rows = f"{len(table.rows):,} rows, format {table.format}{labels}"
+        terminal.say("read", f"{split}: {table.source}: {rows}")
+    place = train_with_config.choose_device(settings)
+    terminal.quiet_transformers()
+    outline = models.outline(settings.model.name, settings.model.revision)
+    renderer = runs.renderer_for(outline, settings)
+    examples, reports = train_with_config.encode(tables, renderer, settings)
+    train_with_config.show_data(examples, reports, outline.tokenizer)
+    fits = train_with_config.make_plan(settings, outline, place, examples)
+    terminal.say("result", f"valid{', and the training fits in memory' if fits else ''}")
 
 
 @app.command()

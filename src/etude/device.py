@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etude.errors import UserError
@@ -80,6 +81,68 @@ def choose(
     else:
         chosen, reason = automatic, f"auto: it {why}"
     return Device(name, chosen, f"{name} ({where}), {chosen} ({reason})")
+
+
+def available(device: str) -> int:
+    """Bytes that a process may still take on `device`: free or reclaimable, within its limits."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        return min([found * 1024, *_left_in_groups()])
+    except (OSError, StopIteration):  # no Linux: all that the machine has
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_groups(
+    root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """What the memory limits of the process's control groups (containers, services) leave, in bytes.
+
+    A group's usage counts cached files, which are dropped before anything fails.
+    """
+    found = []
+    for line in member.read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        home = root / kinds
+        names = ("memory.max", "memory.current", "inactive_file")
+        if kinds:  # version 1
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        # Within a container the path may be the host's; the group itself is then the root.
+        for folder in {home, *(home / path.strip("/") / part for part in ("", "..", "../.."))}:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no limit there: "max"
+                limit = int((folder / names[0]).read_text())
+                used = int((folder / names[1]).read_text())
+                facts = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+                found.append(max(0, limit - used + int(facts[names[2]])))
+    return found
+
+
+def used_memory(device: str, peak: bool = False) -> int:
+    """Bytes that this process holds on `device`, or held at most; 0 where the system does not tell."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    field = "VmHWM" if peak else "VmRSS"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    return 0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a library says by `error` that the memory of the device is used up."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory() -> None:

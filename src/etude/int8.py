@@ -127,6 +127,10 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
 
     `passes` (a few dozen rows of the data are enough) show how large each layer's inputs get.
     """
+    # From 2 MB on a tensor is mapped by itself, and unmapped when it is freed. glibc would raise the
+    # limit to 32 MB, and keep holes of each layer's float weight and of activations of all lengths.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2 << 20)
     largest: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -154,10 +158,6 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype, copy=True)
     free_memory()
-    # From 2 MB on, a freed block goes back to the system. Left alone, glibc raises that bound to
-    # 32 MB, and activations of many lengths leave holes in its heap: a quarter more memory.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2 << 20)
 
 
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:

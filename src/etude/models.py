@@ -1,5 +1,6 @@
 """A name in, a model and its tokenizer out: Hub id, folder, .gguf file or the bundled sample."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,11 +11,14 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etude import bounded, foreign
 from etude.device import Device
 from etude.errors import UserError, first_line, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -38,46 +42,128 @@ class Base:
     device: Device
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A base before its weights are loaded: tokenizer and shape.
+
+    Attributes:
+        name: as the user wrote it.
+        config: its transformers configuration.
+        source, options: where it is read from, and how: what `from_pretrained` takes.
+        folder: the local folder that it is in; None on the Hub, or before a .gguf file is converted.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    source: str
+    options: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def unconverted(self) -> bool:
+        """Whether it is in a .gguf file that `load` must convert first."""
+        return "gguf_file" in self.options
+
+    @property
+    def stored(self) -> "torch.dtype":
+        """The number format that the weights are stored in; float32 where the model does not say."""
+        import torch
+
+        said = None if self.unconverted else self.config.get_text_config().dtype
+        return said if isinstance(said, torch.dtype) else torch.float32
+
+    def model(self, dtype: "torch.dtype") -> Any:
+        """The model with frozen parameters in `dtype` on the meta device: shapes without numbers."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            empty: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
+            )
+        empty.requires_grad_(False)
+        return empty
+
+
+def outline(name: str, revision: str | None = None) -> Outline:
+    """Read what a model is without its weights; a .gguf file is not converted yet.
+
+    Raises:
+        UserError: nothing of that name, not reachable, or not a causal language model.
+    """
+    file = gguf_file(name)
+    if file and not _verified(converted(file)):
+        return _outline(name, None, revision, file)
+    return _outline(name, locate(name), revision)
+
+
+def _outline(
+    name: str, folder: Path | None, revision: str | None, file: Path | None = None
+) -> Outline:
+    from transformers import AutoConfig, AutoTokenizer
+
+    if revision and (folder or file):
+        raise UserError(
+            f"model.revision: {name} is no Hub model and has no revisions; set it to null"
+        )
+    source = str(folder or (file and file.parent) or name)
+    # What is local must not ask the Hub, and what is remote is pinned by `revision`.
+    offline = bool(folder or file) or not hub_reachable()
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
+    if file:
+        options["gguf_file"] = file.name
+    elif folder is None:
+        options["revision"] = revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
+        if reason:
+            raise ValueError(f"its tokenizer {reason}")
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # transformers raises whatever its many loaders stumble over
+        raise _explain(name, folder, revision, error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name {name}: its tokenizer has no end token, so no answer could end"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Outline(name, config, tokenizer, source, options, folder)
+
+
 def load(
-    name: str, device: Device, revision: str | None = None, quantization: str | None = None
+    name: str,
+    device: Device,
+    revision: str | None = None,
+    quantization: str | None = None,
+    known: Outline | None = None,
 ) -> Base:
     """Load a causal language model for training or inference, frozen weights in `device.dtype`.
 
     With `quantization` int8 they stay in the format they are stored in, for `int8.quantize`; with
     nf4 the linear layers are 4-bit (QLoRA, arXiv:2305.14314), by bitsandbytes. Only safetensors are
-    read and no code from a model folder is run.
+    read and no code from a model folder is run. `known` is the model's outline, if there is one.
 
     Raises:
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    folder = locate(name)
-    if folder and revision:
-        raise UserError(
-            f"model.revision: {name} is no Hub model and has no revisions; set it to null"
-        )
-    source = str(folder or name)
-    # What is local must not ask the Hub, and what is remote is pinned by `revision`.
-    offline = folder is not None or not hub_reachable()
-    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
-    if folder is None:
-        common["revision"] = revision or "main"
+    if known is None or known.unconverted:
+        known = _outline(name, locate(name), revision)
+    folder, tokenizer = known.folder, known.tokenizer
     weights: dict[str, Any] = {"dtype": "auto" if quantization == "int8" else device.torch_dtype}
     if quantization == "nf4":
         weights |= {"quantization_config": _nf4(device), "device_map": {"": device.name}}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
-        if reason:
-            raise ValueError(f"its tokenizer {reason}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
+            known.source,
             use_safetensors=True,
             output_loading_info=True,
             **weights,
-            **common,
+            **known.options,
         )
     except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise _explain(name, folder, revision, error) from None
@@ -98,12 +184,6 @@ def load(
         eos_token_id=said.eos_token_id,
         pad_token_id=said.pad_token_id,
     )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.name {name}: its tokenizer has no end token, so no answer could end"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
@@ -133,13 +213,10 @@ def locate(name: str) -> Path | None:
     Raises:
         UserError: a path that is not there, or a name that is no possible Hub id.
     """
-    if name == SAMPLE:
-        return from_gguf(_sample_file())
+    file = gguf_file(name)
+    if file:
+        return from_gguf(file)
     path = foreign.expanded(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model.name {name}: no such file")
-        return from_gguf(path)
     if path.is_dir():
         # With an adapter_config.json transformers would load what that names, wherever it is.
         adapter = (path / "adapter_config.json").exists()
@@ -166,6 +243,22 @@ def locate(name: str) -> Path | None:
     if nearest(name.lower(), [SAMPLE]) and "/" not in name:
         raise UserError(f"model.name {name}: did you mean {SAMPLE}, the bundled sample?")
     return None
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that the model `name` is in; None if it is in none.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == SAMPLE:
+        return _sample_file()
+    path = foreign.expanded(name)
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise UserError(f"model.name {name}: no such file")
+    return path
 
 
 def hub_reachable() -> bool:
@@ -201,6 +294,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ETUDE_CACHE") or Path.home() / ".cache" / "etude")
 
 
+def converted(file: Path) -> Path:
+    """The folder that the GGUF `file` is converted into, whether or not it is there."""
+    return cache_folder() / "gguf" / f"{file.stem}-{_sha256(file)[:16]}"
+
+
 def from_gguf(file: Path) -> Path:
     """The folder with `file` converted to safetensors, made on first use and verified on every use.
 
@@ -211,9 +309,7 @@ def from_gguf(file: Path) -> Path:
     Raises:
         UserError: a file that is not a GGUF model transformers can read, or no room for the copy.
     """
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
+    folder = converted(file)
     if _verified(folder):
         return folder
     try:

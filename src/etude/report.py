@@ -24,6 +24,16 @@ def data_table(reports: Sequence[Report]) -> Table:
     return table
 
 
+def plan_table(rows: Sequence[tuple[str, int, str]]) -> Table:
+    """What a training takes in memory, part by part."""
+    table = Table("memory", box=box.SIMPLE)
+    table.add_column("GB", justify="right")
+    table.add_column("")
+    for name, size, remark in rows:
+        table.add_row(name, f"{size / 1e9:.2f}", remark)
+    return table
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a kill cut short is left out."""
     found = []

@@ -116,7 +116,7 @@ def _load(config: Config) -> tuple[models.Base, Renderer]:
     return base, renderer_for(base, config)
 
 
-def renderer_for(base: models.Base, config: Config) -> Renderer:
+def renderer_for(base: models.Base | models.Outline, config: Config) -> Renderer:
     """The renderer of a base under a config.
 
     Raises:

@@ -24,14 +24,17 @@ from etude import (
     device,
     lora,
     models,
+    plan,
     proof,
     ranks,
+    rehearsal,
     report,
     runs,
     terminal,
 )
 from etude import config as configuration
 from etude.config import Config
+from etude.conversation import Example, Renderer
 from etude.errors import UserError, first_line
 from etude.foreign import expanded
 
@@ -102,29 +105,25 @@ def run_training(
         check_data(again, tables)
     if ranks.FIRST:  # one of several processes writes for all
         folder.mkdir(parents=True, exist_ok=True)
-    place = device.choose(
-        settings.model.dtype,
-        settings.training.use_cpu,
-        settings.training.fp16,
-        settings.training.bf16,
-    )
-    terminal.say("device", place.why)
+    place = choose_device(settings)
     terminal.quiet_transformers()
+    # Whether it fits is known from the model's shape, before its weights are loaded.
+    outline = models.outline(settings.model.name, settings.model.revision)
+    renderer = runs.renderer_for(outline, settings)
+    examples, reports = encode(tables, renderer, settings)
+    show_data(examples, reports, outline.tokenizer)
+    planned = make_plan(settings, outline, place, examples)
+
     base = models.load(
         settings.model.name,
         place,
         settings.model.revision,
         settings.model.quantization,
+        outline,
     )
     if again:
         runs.check_base("the run to repeat", again, base)
-    renderer = runs.renderer_for(base, settings)
     terminal.say("model", f"{base.name} ({base.identity[:19]})")
-
-    examples, reports = {}, {}
-    for split, table in tables.items():
-        examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
-    show_data(examples, reports, base.tokenizer)
 
     import transformers
 
@@ -140,6 +139,11 @@ def run_training(
     if ranks.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force)
     results = fit(model, settings, place, examples, folder, checkpoint)
+    results["memory"] = {
+        "plan": planned and dataclasses.asdict(planned),
+        "planned": planned and planned.peak,
+        "peak": device.used_memory(place.name, peak=True),
+    }
     if not ranks.FIRST:
         return
 
@@ -159,6 +163,14 @@ def run_training(
     # Last: a folder with a manifest is a finished run.
     checkpoints.write_text(folder / runs.MANIFEST, json.dumps(manifest, indent=1))
     show_end(settings, results)
+
+
+def choose_device(settings: Config) -> device.Device:
+    """The device and number format of a training, told with the reason."""
+    model, training = settings.model, settings.training
+    place = device.choose(model.dtype, training.use_cpu, training.fp16, training.bf16)
+    terminal.say("device", place.why)
+    return place
 
 
 def load_config(arguments: list[str], option: Path | None, presets: list[str]) -> Config:
@@ -352,6 +364,38 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
     return tables
 
 
+def encode(
+    tables: dict[str, data.Table], renderer: Renderer, settings: Config
+) -> tuple[dict[str, list[Example]], dict[str, data.Report]]:
+    """The examples of every split, and what became of its rows."""
+    examples, reports = {}, {}
+    for split, table in tables.items():
+        examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
+    return examples, reports
+
+
+def make_plan(
+    settings: Config,
+    outline: models.Outline,
+    place: device.Device,
+    examples: dict[str, list[Example]],
+) -> plan.Plan | None:
+    """Print what the training will take in memory and time; None where that cannot be told.
+
+    Raises:
+        UserError: more than there is.
+    """
+    from etude import trainer
+
+    steps = trainer.steps(settings, len(examples["train"]))
+    planned = plan.estimate(settings, outline, place, examples, steps)
+    if planned:
+        terminal.out.print(report.plan_table(planned.rows()))
+        terminal.say("plan", f"{planned}, {steps:,} steps")
+        plan.check(planned, settings, outline, place, examples, steps)
+    return planned
+
+
 def show_data(
     examples: dict[str, list[Any]],
     reports: dict[str, data.Report],
@@ -420,6 +464,7 @@ def fit(
             "steps, so the learning rate would never rise; lower it, set 0, or train longer"
         )
     cutter, engine = prepare(model, settings, place, examples["train"], steps)
+    cutter = rehearsal.rehearse(model, cutter, examples, settings)
     terminal.say("engine", engine)
     if checkpoint:
         terminal.say("resume", f"from {checkpoint}")

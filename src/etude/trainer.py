@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,7 +21,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from etude import batching, checkpoints, lora, ranks
 from etude.config import Config
 from etude.conversation import Example
-from etude.device import Device
+from etude.device import Device, out_of_memory
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
 
@@ -52,7 +51,7 @@ class Order:
         args = self._trainer.args
         # Asked for when an epoch begins, or, on resume, in the middle of one.
         epoch = self._trainer.state.global_step // len(self)
-        order = np.random.default_rng([args.seed, epoch]).permutation(self._examples).tolist()
+        order = batching.order(args.seed, epoch, self._examples)
         for start in range(0, self._examples, self._rows):
             yield order[start : start + self._rows][args.process_index :: args.world_size]
 
@@ -372,11 +371,6 @@ class StepTrainer(Trainer):
         if self._resumed is not None:
             self._tr_loss += self._resumed["loss_since_log"]
             self._globalstep_last_logged = self._resumed["last_log"]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a library says by `error` that the memory of the device is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Recorder(TrainerCallback):

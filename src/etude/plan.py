@@ -1,0 +1,393 @@
+"""What a training will take in memory and time, told before the weights are loaded.
+
+The model is walked through its largest pass without numbers (`counting.walk`), which gives the bytes
+of all its tensors and the operations of its matrix products; from those, with the machine's measured
+speed, the time follows.
+
+What allocators and compilers add to that is not derivable. HELD, COMPILED, LATER and COMPILER were
+fitted to the peaks (VmHWM) that benchmarks/memory.py measured on the sample model, torch 2.13,
+glibc 2.36, two CPU cores; other models and machines were not used for it.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etude import batching, counting, data, device, lora
+from etude.config import Config
+from etude.conversation import Example
+from etude.device import Device
+from etude.errors import UserError, first_line
+from etude.models import Outline
+
+log = logging.getLogger(__name__)
+
+GB = 1e9
+HELD = 1.0  # memory taken for each byte of a pass's tensors
+COMPILED = 0.8  # the same where the layers are compiled: fewer tensors live between products
+LATER = 100e6  # bytes of what is imported and kept after the plan is made
+COMPILER = 250e6  # bytes that torch.compile keeps in the process
+CONVERTING = 2.0  # times a model's float32 bytes, for a moment, while its GGUF file is converted
+NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
+# Share of the time in which the products of a step run at the speed that they have alone, measured
+# by benchmarks/train.py.
+EFFICIENCY = {"plain": 0.6, "compiled": 0.75, "int8": 0.5}
+COMPILING = 40.0  # seconds on two cores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes: bytes, and seconds.
+
+    Attributes:
+        libraries: the interpreter and all libraries, as this process holds them.
+        base: the frozen weights.
+        loading: what reading and converting or quantising them takes for a moment, beside them.
+        adapter: the trained weights.
+        optimizer: their gradients and AdamW's two moments.
+        training: what the largest pass holds, forward and backward.
+        validation: what the largest pass of the validation holds, without gradients.
+        proof: what the new process takes that opens the run at the end, on the base in float.
+        generation: what `etude evaluate` holds beside libraries, base and adapter to write answers:
+            the keys and values of all tokens of its rows.
+        tokens: tokens of the largest pass.
+        seconds: of the whole training, about.
+    """
+
+    libraries: int
+    base: int
+    loading: int
+    adapter: int
+    optimizer: int
+    training: int
+    validation: int
+    proof: int
+    generation: int
+    tokens: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The most that the training process holds at any time."""
+        return self.libraries + self.base + max(self.loading, self._steps)
+
+    @property
+    def _steps(self) -> int:
+        return self.adapter + self.optimizer + max(self.training, self.validation)
+
+    @property
+    def needed(self) -> int:
+        """The most that the training takes from the machine, its proof in a new process included."""
+        return max(self.peak, self.libraries + self.proof)
+
+    def __str__(self) -> str:
+        duration = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        return f"{_gb(self.peak)} at most, about {duration}"
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """The plan as a person reads it: what, bytes, a remark."""
+        return [
+            ("libraries", self.libraries, "Python, PyTorch and the rest"),
+            ("base", self.base, f"{_gb(self.loading)} more for a moment while it is loaded"),
+            ("adapter", self.adapter, "float32"),
+            ("optimizer", self.optimizer, "gradients, AdamW's two moments"),
+            ("training", self.training, f"activations of the largest pass, {self.tokens} tokens"),
+            ("validation", self.validation, "the largest pass without gradients"),
+            ("peak", self.peak, "of the training process"),
+            ("proof", self.proof, "a new process, at the end, when this one's memory is free"),
+            ("generation", self.generation, "in etude evaluate: cached keys and values"),
+        ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+# --- the estimate --------------------------------------------------------------------------------
+
+
+def _cutter(model: Any, settings: Config, place: Device) -> batching.Cutter:
+    """The cutter that the loaded model will get, as far as its shape tells."""
+    training, length = settings.training, settings.dataset.max_length
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding" in str(getattr(config, "layer_types", "sliding"))
+    padded = _stateful(model) or (window and sliding and length > window)
+    return batching.Cutter(
+        rows=training.batch_size,
+        budget=batching.pass_budget(place.name, training.batch_size, length),
+        why_padded="its layers see along the row" if padded else None,
+        device="cpu",
+        dtype=place.torch_dtype,
+    )
+
+
+def _stateful(model: Any) -> bool:
+    return bool(getattr(model.get_base_model(), "_is_stateful", False))
+
+
+def estimate(
+    settings: Config,
+    outline: Outline,
+    place: Device,
+    examples: dict[str, list[Example]],
+    steps: int,
+) -> Plan | None:
+    """What a training of `steps` steps on `examples` takes; None for a model that cannot be walked.
+
+    Raises:
+        UserError: target modules that the model does not have.
+    """
+    try:
+        return _estimate(settings, outline, place, examples, steps)
+    except UserError:
+        raise
+    except Exception as error:  # an architecture that computes with the numbers themselves
+        log.debug("plan", exc_info=error)
+        log.warning(
+            "no plan of memory and time for this model: %s: %.200s",
+            type(error).__name__,
+            first_line(error),
+        )
+        return None
+
+
+def _estimate(
+    settings: Config,
+    outline: Outline,
+    place: Device,
+    examples: dict[str, list[Example]],
+    steps: int,
+) -> Plan:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from etude import compiled, int8
+
+    training, quantization = settings.training, settings.model.quantization
+    rows = training.batch_size * training.gradient_accumulation_steps
+    model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
+    cutter = _cutter(model, settings, place)
+    looked_at = list(batching.first_steps(settings, examples["train"]))
+    batch, tokens = batching.largest(batch for step in looked_at for batch in cutter(step))
+    tokens = tokens * steps // len(looked_at)
+    held_out = examples.get("validation", [])
+    checked, checked_tokens = batch, 0
+    if held_out:
+        longest = batching.longest(held_out)
+        checked, checked_tokens = batching.largest(cutter(longest))
+        checked_tokens = checked_tokens * sum(map(len, held_out)) // sum(map(len, longest))
+    rounds = math.ceil(steps / (training.eval_steps or math.ceil(len(examples["train"]) / rows)))
+    pays = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
+    compile = training.compile is True or (training.compile == "auto" and pays)
+
+    # Of the float model, before int8: what is loaded first, and what the proof opens.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
+    base = full = counting.size(frozen)
+    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
+    stateful = _stateful(model)
+    half = torch.float16 if training.fp16 else torch.bfloat16
+    mixed = torch.autocast("cpu", half, enabled=training.fp16 or training.bf16)
+    with FakeTensorMode() as mode:
+        counting.numberless(model)
+        if quantization == "int8":
+            for name, linear in int8.frozen_linears(model).items():
+                parent, _, last = name.rpartition(".")
+                width = torch.empty(linear.in_features)
+                setattr(model.get_submodule(parent), last, int8.Int8Linear(linear, width))
+            base = counting.size(p for p in model.parameters() if not p.requires_grad)
+            base += counting.size(
+                buffer
+                for module in model.modules()
+                if isinstance(module, int8.Int8Linear)
+                for buffer in module.buffers(recurse=False)
+            )
+        elif quantization == "nf4":
+            base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
+        learnt, seen = (counting.fake_pass(mode, part, stateful) for part in (batch, checked))
+        model.train()
+        if training.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+
+        def forward_and_backward() -> None:
+            with mixed:
+                losses = batching.token_losses(model, learnt)
+            losses.sum().backward()
+
+        step = counting.walk(model, forward_and_backward)
+        model.eval()
+        with torch.no_grad(), mixed:
+            judged = counting.walk(model, lambda: batching.token_losses(model, seen))
+            cache = _generation(model, settings, examples["train"], stateful)
+    # nf4 makes one layer's weights anew for each product.
+    again = max((w.numel() * w.element_size() for w in linears), default=0)
+    extra = again if quantization == "nf4" else 0
+    factor = HELD * (COMPILED if compile else 1)
+    adapter = counting.size(trained)
+    stored = count * outline.stored.itemsize
+    loading = 0
+    if outline.unconverted:
+        loading = int(CONVERTING * 4 * count) - base
+    elif quantization == "int8":  # both stand there while layer by layer is quantised
+        loading = stored + int(HELD * judged.peak)
+    elif outline.stored != place.torch_dtype:
+        loading = stored
+    host = place.name != "cuda"
+    bare = int(device.used_memory("cpu") + LATER) if host else 0
+    libraries = bare + (int(COMPILER) if host and compile else 0)
+    validation = int(HELD * judged.peak) + extra
+    return Plan(
+        libraries=libraries,
+        base=base,
+        loading=max(0, loading),
+        adapter=adapter,
+        optimizer=3 * adapter,
+        training=int(factor * step.peak) + extra,
+        validation=validation,
+        proof=bare + full + adapter + validation,
+        generation=cache,
+        tokens=batch.input_ids.numel(),
+        seconds=_seconds(
+            step.operations / batch.input_ids.numel() * tokens
+            + judged.operations / checked.input_ids.numel() * checked_tokens * rounds,
+            max(linears, key=lambda w: w.numel(), default=None),
+            place,
+            "int8" if quantization == "int8" else "compiled" if compile else "plain",
+        )
+        + (COMPILING if compile else 0),
+    )
+
+
+def _generation(model: Any, settings: Config, examples: Sequence[Example], stateful: bool) -> int:
+    """Bytes of the keys and values of `evaluation.batch_size` answers to the longest prompt."""
+    import torch
+
+    rows, prompt = settings.evaluation.batch_size, max(map(len, examples))
+    total = prompt + settings.generation.max_new_tokens
+    kind = torch.int64 if stateful else torch.bool
+    shape = (rows, prompt) if stateful else (rows, 1, prompt, prompt)
+    found = counting.walk(
+        model,
+        lambda: model(
+            input_ids=torch.empty(rows, prompt, dtype=torch.int64),
+            attention_mask=torch.empty(shape, dtype=kind),
+            logits_to_keep=1,
+            use_cache=True,
+        ),
+    )
+    return int(max(found.peak, found.left * total / prompt))
+
+
+def _seconds(operations: float, shape: Any, place: Device, engine: str) -> float:
+    """Seconds for `operations` at the speed of a product with the largest layer, measured shortly."""
+    import torch
+
+    if shape is None:
+        return 0.0
+    size = (batching.CPU_BUDGET, shape.shape[1])
+    if engine == "int8":
+        x = torch.ones(size, dtype=torch.int8)
+        w = torch.ones(tuple(shape.shape), dtype=torch.int8)
+        product: Any = lambda: torch._int_mm(x, w.t())  # noqa: E731
+    else:
+        own, other = (
+            torch.ones(s, dtype=place.torch_dtype, device=place.name)
+            for s in (size, tuple(shape.shape))
+        )
+        product = lambda: own @ other.T  # noqa: E731
+    taken = []
+    for _ in range(4):
+        started = time.perf_counter()
+        product()
+        if place.name == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    speed: float = 2 * size[0] * shape.numel() / min(taken)
+    return operations / speed / EFFICIENCY[engine]
+
+
+# --- does it fit ---------------------------------------------------------------------------------
+
+
+def check(
+    plan: Plan,
+    settings: Config,
+    outline: Outline,
+    place: Device,
+    examples: dict[str, list[Example]],
+    steps: int,
+) -> None:
+    """Hold the plan against the memory that is free.
+
+    Raises:
+        UserError: too little; with the keys to change, and what each would save.
+    """
+    free = device.available(place.name)
+    # What this process holds already is no longer free; several on one machine share what is.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if place.name == "cpu" else 1
+    here = device.used_memory("cpu") if place.name != "cuda" else 0
+    room = here + free // processes
+    if plan.needed <= room:
+        return
+    found = []
+    for keys, changed, shorter in _alternatives(settings, examples):
+        other = estimate(changed, outline, place, shorter, steps)
+        if other and plan.needed - other.needed > 0.01 * plan.needed:
+            found.append((plan.needed - other.needed, keys, other.needed <= room))
+    lines = [
+        f"{keys}: saves {_gb(saved)}{', and it fits' if fits else ''}"
+        for saved, keys, fits in sorted(found, reverse=True)
+    ]
+    raise UserError(
+        f"This training does not fit in memory: it would take {_gb(plan.needed)}, and {_gb(room)} are "
+        f"there for it. Change one or more of these:\n  "
+        + "\n  ".join([*lines, "model.name: a smaller model"])
+        + "\nThen `etude validate` shows the plan again."
+    )
+
+
+def _alternatives(
+    settings: Config, examples: dict[str, list[Example]]
+) -> Iterator[tuple[str, Config, dict[str, list[Example]]]]:
+    """Changes that save memory: the keys as one would write them, the settings, the examples."""
+    model, training, length = settings.model, settings.training, settings.dataset.max_length
+    rows = training.batch_size
+
+    def changed(section: str, **values: Any) -> Config:
+        part = getattr(settings, section).model_copy(update=values)
+        return settings.model_copy(update={section: part})
+
+    if model.quantization is None and not settings.lora.use_dora:
+        yield "model.quantization=int8", changed("model", quantization="int8"), examples
+    if not training.gradient_checkpointing:
+        yield (
+            "training.gradient_checkpointing=true",
+            changed("training", gradient_checkpointing=True),
+            examples,
+        )
+    if rows > 1:
+        accumulated = rows * training.gradient_accumulation_steps  # a step stays what it is
+        yield (
+            f"training.batch_size=1 training.gradient_accumulation_steps={accumulated}",
+            changed("training", batch_size=1, gradient_accumulation_steps=accumulated),
+            examples,
+        )
+    if length >= 64:
+        half = length // 2
+        cut = {
+            split: [data.truncate(e, half) if len(e) > half else e for e in part]
+            for split, part in examples.items()
+        }
+        cut = {split: [e for e in part if any(e.supervised)] for split, part in cut.items()}
+        if cut["train"]:
+            yield f"dataset.max_length={half}", changed("dataset", max_length=half), cut
+    if settings.lora.r > 8:
+        yield "lora.r=8", changed("lora", r=8), examples
+    if training.compile is not False:
+        yield "training.compile=false", changed("training", compile=False), examples

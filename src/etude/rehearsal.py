@@ -1,0 +1,74 @@
+"""The largest pass of a training, computed once before it begins: whether memory suffices is seen early."""
+
+import logging
+from typing import Any
+
+from etude import batching, device
+from etude.config import Config
+from etude.conversation import Example
+from etude.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def rehearse(
+    model: Any,
+    cutter: batching.Cutter,
+    examples: dict[str, list[Example]],
+    settings: Config,
+) -> batching.Cutter:
+    """Compute the largest pass forward and backward, and the largest of the validation, as training will.
+
+    Returns the cutter, or where memory runs out, one whose passes are small enough. Leaves no trace:
+    weights, gradients and random numbers are those before.
+
+    Raises:
+        UserError: not even the smallest pass fits.
+    """
+    if settings.training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    while True:
+        try:
+            _rehearse(model, cutter, examples, settings)
+            return cutter
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+        smaller = cutter.smaller()
+        if smaller is None:
+            raise UserError(
+                "not even one example fits in memory. Lower dataset.max_length or lora.r, set "
+                "training.gradient_checkpointing: true or model.quantization: int8, or take a smaller "
+                "model.name"
+            )
+        cutter = smaller
+        device.free_memory()
+        log.warning("out of memory; the passes are halved to %s from the start", cutter.size)
+
+
+def _rehearse(
+    model: Any, cutter: batching.Cutter, examples: dict[str, list[Example]], settings: Config
+) -> None:
+    import torch
+
+    training = settings.training
+    batch, _ = batching.largest(
+        b for step in batching.first_steps(settings, examples["train"]) for b in cutter(step)
+    )
+    half = torch.float16 if training.fp16 else torch.bfloat16
+    mixed = torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16)
+    was_training = model.training
+    try:
+        model.train()
+        with torch.random.fork_rng():
+            with mixed:
+                losses = batching.token_losses(model, batch)
+            losses.sum().backward()
+        if examples.get("validation"):
+            model.eval()
+            held_out, _ = batching.largest(cutter(batching.longest(examples["validation"])))
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), mixed:
+                batching.token_losses(model, held_out)
+    finally:
+        model.zero_grad()
+        model.train(was_training)

@@ -1,0 +1,397 @@
+"""The plan: what is counted is what real tensors hold, what does not fit is refused, no trace is left."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from etude import (
+    batching,
+    counting,
+    device,
+    int8,
+    lora,
+    models,
+    plan,
+    rehearsal,
+    runs,
+    train_with_config,
+)
+from etude import config as configuration
+from etude.cli import app
+from etude.errors import UserError
+
+ROWS = [
+    {"prompt": f"Question {n}: " + "why " * (n % 5), "completion": "Because " * (1 + n % 4) + "so."}
+    for n in range(24)
+]
+CPU = device.Device("cpu", "float32", "")
+
+
+def etude(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
+    return folder
+
+
+def overrides_for(model, files, *more):
+    return [
+        f"model.name={model}", "model.dtype=float32", "training.use_cpu=true",
+        f"dataset.train={files}/train.jsonl", f"dataset.validation={files}/val.jsonl",
+        "dataset.test=null", "dataset.max_length=128", "training.num_epochs=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def prepared(tiny_model, files):
+    """Settings, outline and examples of a training of the tiny model."""
+
+    def prepare(*more):
+        settings = configuration.load(None, overrides=overrides_for(tiny_model, files, *more))
+        outline = models.outline(settings.model.name)
+        renderer = runs.renderer_for(outline, settings)
+        tables = train_with_config.read_tables(settings)
+        return settings, outline, train_with_config.encode(tables, renderer, settings)[0]
+
+    return prepare
+
+
+def planned(prepared, *more):
+    settings, outline, examples = prepared(*more)
+    found = plan.estimate(settings, outline, CPU, examples, 3)
+    assert found is not None
+    return found
+
+
+# --- the outline -----------------------------------------------------------------------------
+
+
+def shapes(model):
+    return {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+
+
+def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model):
+    outline = models.outline(str(tiny_model))
+    empty = outline.model(torch.float32)
+    loaded = models.load(str(tiny_model), CPU, known=outline)
+    assert shapes(empty) == shapes(loaded.model)
+    assert all(value.is_meta for value in empty.parameters())
+    assert not any(value.requires_grad for value in empty.parameters())
+    assert loaded.tokenizer is outline.tokenizer
+    assert outline.stored == torch.float32
+    assert shapes(outline.model(torch.bfloat16)) != shapes(loaded.model)
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_outlined_before_it_is_converted(monkeypatch, tmp_path):
+    known = models.outline(models.SAMPLE)
+    assert known.folder and not known.unconverted
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))  # as on the first use
+    first = models.outline(models.SAMPLE)
+    assert first.unconverted and list(tmp_path.iterdir()) == []
+    assert shapes(first.model(torch.float32)) == shapes(known.model(torch.float32))
+    # The rows are encoded with it, and the run is opened with the other.
+    text = "<|im_start|>user\nWhat's 12 × 3?\n\tNaïve  Zürich 🙂<|im_end|>"
+    assert first.tokenizer(text).input_ids == known.tokenizer(text).input_ids
+    assert first.tokenizer.chat_template == known.tokenizer.chat_template
+    assert first.tokenizer.eos_token_id == known.tokenizer.eos_token_id
+
+
+def test_a_hub_model_out_of_reach_is_told(monkeypatch):
+    monkeypatch.setattr(models, "hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        models.outline("nobody/nothing")
+    with pytest.raises(UserError, match=r"model\.revision"):
+        models.outline(models.SAMPLE, "main")
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+def test_base_adapter_and_optimizer_are_what_the_real_ones_hold(prepared, tiny_model):
+    settings, _, examples = prepared()
+    found = planned(prepared)
+    model = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    frozen = [value for value in model.parameters() if not value.requires_grad]
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert found.base == counting.size(frozen)
+    assert found.adapter == counting.size(trained)
+    for value in trained:
+        value.grad = torch.zeros_like(value)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
+    assert found.optimizer == counting.size([*moments, *(value.grad for value in trained)])
+
+    cutter = batching.Cutter.of(model, 1, 128)
+    int8.quantize(model, cutter(examples["train"]), torch.float32)
+    small = planned(prepared, "model.quantization=int8")
+    buffers = [b for m in model.modules() if isinstance(m, int8.Int8Linear) for b in m.buffers()]
+    rest = [value for value in model.parameters() if not value.requires_grad]
+    assert small.base == counting.size([*rest, *buffers]) < found.base
+    assert small.loading > found.loading
+
+
+def real_pass(model, batch):
+    """Bytes that the saved tensors of a real forward hold beside the model, by their storages."""
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = batching.token_losses(model, batch)
+    del losses
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpointing):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    settings, outline, examples = prepared("training.batch_size=4")
+    real = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = batching.Cutter.of(real, 4, 128)
+    batch, tokens = batching.largest(cutter(examples["train"]))
+    assert tokens >= batch.input_ids.numel() > 200
+    empty = lora.attach(outline.model(torch.float32), settings.lora, "tiny")
+    for model in (real, empty):
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+    with FakeTensorMode() as mode:
+        counting.numberless(empty)
+        faked = counting.fake_pass(mode, batch, stateful=False)
+        forward = counting.walk(empty, lambda: batching.token_losses(empty, faked))
+        both = counting.walk(empty, lambda: batching.token_losses(empty, faked).sum().backward())
+    if not checkpointing:  # what checkpointing saves goes past the hooks
+        assert forward.left == pytest.approx(real_pass(real, batch), rel=0.1)
+    assert both.peak >= forward.left
+    assert both.left < 0.01 * both.peak  # all is given back
+    # Backward: a product for the gradient of each input; for A and B one more each. Checkpointing
+    # computes the layers' forward again.
+    assert (2.0 if checkpointing else 1.7) < both.operations / forward.operations < 3.5
+
+
+def test_what_saves_memory_saves_it_in_the_plan(prepared):
+    plain = planned(prepared, "training.batch_size=4")
+    assert planned(prepared, "training.batch_size=1").training < plain.training
+    checkpointed = planned(
+        prepared, "training.batch_size=4", "training.gradient_checkpointing=true"
+    )
+    assert checkpointed.training < plain.training
+    assert planned(prepared, "training.batch_size=4", "lora.r=8").adapter < plain.adapter
+    wide = planned(prepared, "training.batch_size=4", "lora.target_modules=[all-linear]")
+    assert wide.training > plain.training
+    longer = planned(prepared, "training.batch_size=4", "generation.max_new_tokens=2560")
+    assert longer.generation > plain.generation
+    assert longer.training == plain.training
+    assert plain.peak >= plain.libraries + plain.base + plain.training
+    assert plain.seconds > 0
+
+
+def test_nf4_and_bf16_are_counted(prepared, tiny_model):
+    plain, small = planned(prepared), planned(prepared, "model.quantization=nf4")
+    linears = int8.frozen_linears(models.outline(str(tiny_model)).model(torch.float32))
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    assert plain.base - small.base == pytest.approx(weights * (4 - plan.NF4), abs=2)
+    settings, outline, examples = prepared()
+    half = plan.estimate(settings, outline, replace(CPU, dtype="bfloat16"), examples, 3)
+    assert half.base * 2 == plain.base
+    assert half.adapter == plain.adapter  # float32 all the same
+    assert half.loading == plain.base  # the file's pages, until they are converted
+
+
+def test_a_model_that_cannot_be_walked_is_told_and_does_not_stop(prepared, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    settings, outline, examples = prepared()
+
+    def numbers(*_):
+        raise RuntimeError("needs the numbers")
+
+    monkeypatch.setattr(counting, "walk", numbers)
+    assert plan.estimate(settings, outline, CPU, examples, 3) is None
+    assert "no plan of memory and time for this model: RuntimeError: needs the" in caplog.text
+
+
+def test_wrong_target_modules_are_told_before_the_weights(prepared):
+    with pytest.raises(UserError, match="did you mean q_proj"):
+        planned(prepared, "lora.target_modules=[q_prj]")
+
+
+# --- does it fit -----------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_keys_and_savings(prepared, monkeypatch):
+    settings, outline, examples = prepared("training.batch_size=4")
+    found = plan.estimate(settings, outline, CPU, examples, 3)
+    # The libraries aside, of which a tiny model is a tiny part.
+    found = replace(found, libraries=0)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: -int(plan.LATER))
+    monkeypatch.setattr(device, "available", lambda _: found.needed + int(plan.LATER))
+    plan.check(found, settings, outline, CPU, examples, 3)  # the control: exactly enough
+    monkeypatch.setattr(device, "available", lambda _: found.needed + int(plan.LATER) - 1)
+    with pytest.raises(UserError, match="does not fit in memory") as refused:
+        plan.check(found, settings, outline, CPU, examples, 3)
+    lines = str(refused.value).splitlines()[1:]
+    saved = [float(line.split("saves ")[1].split(" ")[0]) for line in lines if "saves" in line]
+    assert saved == sorted(saved, reverse=True)
+    text = "\n".join(lines)
+    for key in ("training.gradient_checkpointing=true", "training.batch_size=1 ", "model.name"):
+        assert key in text
+    assert "and it fits" in text
+
+
+def test_a_training_that_does_not_fit_ends_before_the_weights(tiny_model, files, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(models, "load", load)
+    run = files / "never"
+    arguments = [*overrides_for(tiny_model, files), f"output.dir={run}"]
+    monkeypatch.setattr(device, "available", lambda _: 0)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: 10**6)
+    for program in ("train", "validate"):
+        result = etude(program, "--preset", "cpu", *arguments)
+        assert result.exit_code == 2, result.output
+        assert "does not fit in memory" in result.output
+        assert "model.quantization" not in result.output or "saves" in result.output
+
+
+def test_limits_of_control_groups_are_kept(tmp_path):
+    member = tmp_path / "cgroup"
+    member.write_text("4:memory:/a/b\n0::/c\n")
+    for folder, names in (
+        ("memory/a/b", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        ("c", ("memory.max", "memory.current", "inactive_file")),
+    ):
+        home = tmp_path / folder
+        home.mkdir(parents=True)
+        (home / names[0]).write_text("1000\n")
+        (home / names[1]).write_text("700\n")
+        (home / "memory.stat").write_text(f"anon 1\n{names[2]} 200\n")
+    assert device._left_in_groups(tmp_path, member) == [500, 500]
+    (tmp_path / "c" / "memory.max").write_text("max\n")
+    assert device._left_in_groups(tmp_path, member) == [500]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc here")
+def test_a_process_reads_its_own_memory():
+    before = device.used_memory("cpu")
+    block = torch.ones(50_000_000)
+    assert device.used_memory("cpu") - before > 0.9 * block.nbytes
+    assert device.used_memory("cpu", peak=True) >= device.used_memory("cpu")
+    assert device.available("cpu") > 0
+
+
+# --- the rehearsal ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("training.gradient_checkpointing=true",)])
+def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
+    settings, _, examples = prepared("lora.dropout=0.5", *more)
+    model = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = batching.Cutter.of(model, 1, 128)
+    original, seen = batching.token_losses, []
+
+    def watched(model, batch):
+        seen.append((torch.is_grad_enabled(), model.training, batch.input_ids.numel()))
+        return original(model, batch)
+
+    monkeypatch.setattr(batching, "token_losses", watched)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random, mode = torch.get_rng_state(), model.training
+    assert rehearsal.rehearse(model, cutter, examples, settings) is cutter
+    steps = batching.first_steps(settings, examples["train"])
+    most = max(batch.input_ids.numel() for step in steps for batch in cutter(step))
+    assert [(grad, train) for grad, train, _ in seen] == [(True, True), (False, False)]
+    assert seen[0][2] == most
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.grad is None for value in model.parameters())
+    # The control: dropout did draw random numbers, so there was a trace to leave.
+    model.train()
+    original(model, next(cutter(examples["train"])))
+    assert not torch.equal(torch.get_rng_state(), random)
+
+
+def test_where_memory_runs_out_the_rehearsal_halves_the_passes(prepared, tiny_model, monkeypatch):
+    settings, _, examples = prepared("training.batch_size=4")
+    model = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = batching.Cutter.of(model, 4, 128)
+    original, limit = batching.token_losses, 150
+
+    def small(model, batch):
+        if batch.input_ids.numel() > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return original(model, batch)
+
+    monkeypatch.setattr(batching, "token_losses", small)
+    assert rehearsal.rehearse(model, cutter, examples, settings).budget == 128
+    limit = 2
+    with pytest.raises(UserError, match="not even one example fits in memory"):
+        rehearsal.rehearse(model, cutter, examples, settings)
+
+    def broken(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(batching, "token_losses", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        rehearsal.rehearse(model, cutter, examples, settings)
+
+
+def test_the_steps_of_the_longest_rows_are_always_looked_at(prepared, monkeypatch):
+    settings, _, examples = prepared("training.gradient_accumulation_steps=1")
+    rows = examples["train"]
+    monkeypatch.setattr(batching, "LOOKED_AT", 1)
+    longest = max(map(len, rows))
+    last = batching.order(settings.training.seed, 0, len(rows))[-1]
+    assert longest in [len(e) for step in batching.first_steps(settings, rows) for e in step]
+    few = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"max_steps": 2})}
+    )
+    steps = list(batching.first_steps(few, rows))
+    assert len(steps) == 2
+    assert rows[last] not in steps[0]
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+def test_validate_shows_configuration_data_and_plan(tiny_model, files):
+    arguments = overrides_for(tiny_model, files)
+    result = etude("validate", *arguments, "--preset", "cpu")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "config    valid", "24 rows, format prompt_completion", "supervised", "⟦Because",
+        "optimizer", "generation", "GB at most, about", "3 steps", "the training fits in memory",
+    ):  # fmt: skip
+        assert words in result.output
+    wrong = etude("validate", *arguments, "--preset", "cpu", "lora.rr=4")
+    assert wrong.exit_code == 2
+    assert "lora.r" in wrong.output and "plan" not in wrong.output
+
+
+def test_a_run_notes_planned_and_measured_memory(tiny_model, files, tmp_path):
+    run = tmp_path / "run"
+    arguments = overrides_for(tiny_model, files, "training.max_steps=2", f"output.dir={run}")
+    result = etude("train", *arguments, "--preset", "cpu")
+    assert result.exit_code == 0, result.output
+    memory = json.loads((run / "manifest.json").read_text())["results"]["memory"]
+    assert memory["planned"] > memory["plan"]["base"]
+    assert memory["peak"] > 0
