@@ -14,6 +14,7 @@ tiny random one, in float32 and int8. Exit code 1 at the first violation; the fo
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,12 @@ DATA = Path(__file__).parent.parent / "data"
 OFTEN = 5  # kills from which a training counts as often killed
 ADAPTER, STATE, PLACE = "adapter_model.safetensors", "state.safetensors", "trainer_state.json"
 DISK = 16 * 2**20  # bytes
+# Dropout for random numbers; logged, validated and ended an epoch out of step.
+SETTINGS = [
+    *("dataset.test=null", "lora.r=4", "lora.dropout=0.1", "training.batch_size=2"),
+    *("training.num_epochs=2", "training.save_steps=1", "training.logging_steps=3"),
+    *("training.eval_steps=5", "training.compile=false", "training.lr_scheduler=cosine"),
+]
 # Given the seconds since the process began, and since its first step (None before it): kill it now?
 Strike = Callable[[float, float | None], bool]
 
@@ -58,7 +65,7 @@ class Sweep:
         self.step = 0  # the newest checkpoint's
         self.out.mkdir(parents=True)
         begun = time.monotonic()
-        self.finish()
+        self.run()
         self.starting, self.training = self.started - begun, time.monotonic() - self.started
         self.check()
         self.steps, self.reference = self.step, self.end()
@@ -75,8 +82,8 @@ class Sweep:
         except typer.Exit as end:
             sys.exit(end.exit_code)
 
-    def run(self, strike: Strike) -> int | None:
-        """Train until it ends, with its exit code, or until it was killed: None."""
+    def run(self, strike: Strike | None = None) -> int | None:
+        """Train until it ends, with its exit code, or until `strike` had it killed: None."""
         metrics = self.folder / runs.METRICS  # written anew where the steps begin
         before = metrics.stat().st_ino if metrics.exists() else 0
         self.started, begun = 0.0, time.monotonic()
@@ -86,25 +93,19 @@ class Sweep:
             now = time.monotonic()
             if not self.started and metrics.exists() and metrics.stat().st_ino != before:
                 self.started = now
-            if strike(now - begun, now - self.started if self.started else None):
+            if strike and strike(now - begun, now - self.started if self.started else None):
                 child.kill()
                 break
             time.sleep(0.0003)
         child.join()
+        if not strike and child.exitcode != 0:
+            raise Violation(f"undisturbed, it ended with exit code {child.exitcode}")
         return None if child.exitcode == -9 else child.exitcode
 
-    def finish(self) -> None:
-        """Train to the end, undisturbed."""
-        code = self.run(lambda *_: False)
-        if code != 0 or not (self.folder / runs.MANIFEST).is_file():
-            raise Violation(f"the training ended with exit code {code}")
-
-    def afresh(self, like: Path | None = None) -> None:
-        """Begin with no run at all, or with a copy of one."""
+    def afresh(self) -> None:
+        """Begin with no run at all."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.step = 0
-        if like:
-            shutil.copytree(like, self.folder)
 
     def made(self) -> list[Path]:
         """The checkpoints in the folder, oldest first."""
@@ -143,21 +144,24 @@ class Sweep:
             **{f"last {name}": digest for name, digest in digests(self.made()[-1]).items()},
         }
 
-    def compare(self) -> None:
+    def compare(self) -> list[str]:
+        """In what the finished run is not the uninterrupted one."""
+        now, then = self.end(), self.reference
+        return sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+
+    def same(self) -> None:
         """Hold the finished run to the uninterrupted one."""
         self.check()
-        now, then = self.end(), self.reference
-        differing = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-        if differing:
-            raise Violation(f"other than the uninterrupted run: {', '.join(sorted(differing))}")
+        if differing := self.compare():
+            raise Violation(f"other than the uninterrupted run: {', '.join(differing)}")
         self.counts["runs compared with the uninterrupted one: equal bit for bit"] += 1
 
     def killer(self, share: float) -> Strike:
         """A random moment: one in ten while it starts, else within a `share` of the training."""
         there, early, saving = self.unfinished(), *(self.draw.random() < p for p in (0.1, 0.5))
         moment = self.draw.uniform(0, self.starting if early else self.training * share)
-        # Somewhere in the save that is under way, not always at its beginning.
-        pause = self.draw.uniform(0, self.training / self.steps / 3)
+        # At the beginning of the save that is under way, or somewhere in it.
+        pause = max(0, self.draw.uniform(-0.3, 0.3)) * self.training / self.steps
 
         def strike(seconds: float, training: float | None) -> bool:
             passed = seconds if early else training
@@ -184,29 +188,27 @@ class Sweep:
             self.counts[f"kills {where if self.started else 'while it started'}"] += 1
         if code != 0:
             raise Violation(f"the training ended with exit code {code}")
-        self.compare()
+        self.same()
         self.counts[f"trainings killed {OFTEN} times or more"] += kills >= OFTEN
         return kills
 
     def full_disk(self, times: int) -> None:
         """Fill the disk under a training `times` times, then let it end."""
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "crash-sweep", str(self.out)]
-        size = sum(file.stat().st_size for file in self.made()[-1].iterdir())
         ballast, goal, spare = self.out / "ballast", 0, 0
+        size = sum(file.stat().st_size for file in self.made()[-1].iterdir())
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "crash-sweep", str(self.out)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            print("full disk: skipped, for this user may not mount a tmpfs")
+            return
 
         def fill(*_: float | None) -> bool:
             disk = os.statvfs(self.out)
             room = disk.f_bavail * disk.f_frsize - spare
-            if room > 0 and (
-                not goal or (self.made() and checkpoints.step_of(self.made()[-1]) >= goal)
-            ):
+            if room > 0 and max(map(checkpoints.step_of, self.made()), default=0) >= goal:
                 with contextlib.suppress(OSError), ballast.open("ab") as stream:
                     os.posix_fallocate(stream.fileno(), stream.tell(), room)
             return False
 
-        if subprocess.run(mount, check=False, capture_output=True).returncode:
-            print("full disk: skipped, for this user may not mount a tmpfs")
-            return
         try:
             self.afresh()
             for turn in range(times):
@@ -219,53 +221,51 @@ class Sweep:
                     raise Violation(f"a full disk ended with exit code {code}")
                 ballast.unlink()
                 self.counts["full disks: told in a sentence, exit code 2"] += 1
-            self.finish()
-            self.compare()
+            self.run()
+            self.same()
         finally:
             subprocess.run(["umount", str(self.out)], check=False)
 
-    def damage(self, name: str, content: bytes | None, hidden: bool = False) -> None:
-        """Go on from the copy with one file of its newest checkpoint changed; `hidden` from its sums."""
-        self.afresh(self.copy)
-        file = self.newest / name
-        file.unlink() if content is None else file.write_bytes(content)
-        if hidden:
-            (self.newest / checkpoints.SUMS).write_text(json.dumps(digests(self.newest)))
-        self.finish()
-        told, taken = self.log.read_text(), self.newest if hidden else self.before
-        if f"from {taken}\n" not in told or hidden == (f"{self.newest}: passed over, " in told):
-            raise Violation(f"{name} was damaged, and resume did not take {taken}, or not say why")
-        if not hidden:
-            self.compare()
-        elif self.end()[f"last {ADAPTER}"] == self.reference[f"last {ADAPTER}"]:
-            raise Violation(f"control: {name} was changed, and the comparison saw no difference")
-
-    def damages(self, limit: int) -> None:
-        """Damage each file in each way, or `limit` of these; then the controls."""
+    def damage(self, limit: int) -> None:
+        """Damage each file of a checkpoint in each way, or `limit` of these; then the controls."""
         self.afresh()
         self.run(lambda *_: any(checkpoints.step_of(x) >= self.steps // 2 for x in self.made()))
-        self.before, self.newest = self.made()[-2:]
+        before, newest = self.made()[-2:]
         shutil.copytree(self.folder, self.copy)
-        files = {path.name: path.read_bytes() for path in sorted(self.newest.iterdir())}
-        older = {path.name: path.read_bytes() for path in self.before.iterdir()}
+        older, files = (
+            {x.name: x.read_bytes() for x in path.iterdir()} for path in (before, newest)
+        )
         cases: list[tuple[str, str, bytes | None]] = []
-        for name, content in files.items():
+        for name, content in sorted(files.items()):
             at = self.draw.randrange(len(content))
             flipped = content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
             cases += [("truncated", name, content[:at]), ("flipped", name, flipped)]
             cases += [("deleted", name, None)]
-        for way, name, changed in self.draw.sample(cases, min(limit, len(cases))):
-            self.damage(name, changed)
-            self.counts[f"files {way}: told, and the checkpoint before taken"] += 1
         weights = bytearray(files[ADAPTER])
         weights[-6] ^= 0x10  # in the mantissa of a weight
-        for what, name, changed in (
+        controls = [
             ("optimizer and random states of the step before", STATE, older[STATE]),
             ("place in the data of the step before", PLACE, older[PLACE]),
             ("a bit flipped in a weight", ADAPTER, bytes(weights)),
-        ):
-            self.damage(name, changed, hidden=True)
-            self.counts[f"control: {what}, sums rewritten: ends differently"] += 1
+        ]
+        for case in [*self.draw.sample(cases, min(limit, len(cases))), *controls]:
+            (what, name, changed), hidden = case, case in controls
+            self.afresh()
+            shutil.copytree(self.copy, self.folder)
+            (newest / name).unlink() if changed is None else (newest / name).write_bytes(changed)
+            if hidden:
+                (newest / checkpoints.SUMS).write_text(json.dumps(digests(newest)))
+            self.run()
+            told, taken = self.log.read_text(), newest if hidden else before
+            if f"from {taken}\n" not in told or hidden == (f"{newest}: passed over, " in told):
+                raise Violation(f"{name}, {what}: not resumed from {taken}, or not said why")
+            if not hidden:
+                self.same()
+                self.counts[f"files {what}: told, and the checkpoint before taken"] += 1
+            elif f"last {ADAPTER}" in self.compare():
+                self.counts[f"control: {what}, sums rewritten: ends differently"] += 1
+            else:
+                raise Violation(f"control: {what}, and the comparison saw no difference")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -284,18 +284,12 @@ def prepare(home: Path, tiny: bool) -> list[str]:
 
         tokenizer = AutoTokenizer.from_pretrained(models.locate(models.SAMPLE))
         tokenizer.save_pretrained(home / "tiny")
-        sizes: Any = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_attention_heads": 2}
-        config = LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **sizes)
+        sizes: Any = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
+        config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
         set_seed(0)
         LlamaForCausalLM(config).save_pretrained(home / "tiny")
-    return [
-        *([f"model.name={home / 'tiny'}"] if tiny else []),
-        *(f"dataset.{split}={home / split}.jsonl" for split in ("train", "validation")),
-        # Dropout for random numbers; logged, validated and ended an epoch out of step.
-        *("dataset.test=null", "lora.r=4", "lora.dropout=0.1", "training.batch_size=2"),
-        *("training.num_epochs=2", "training.save_steps=1", "training.logging_steps=3"),
-        *("training.eval_steps=5", "training.compile=false", "training.lr_scheduler=cosine"),
-    ]
+    files = [f"dataset.{split}={home / split}.jsonl" for split in ("train", "validation")]
+    return [*SETTINGS, *files, *([f"model.name={home / 'tiny'}"] if tiny else [])]
 
 
 def sweep(options: argparse.Namespace, home: Path) -> Counter[str]:
@@ -310,9 +304,9 @@ def sweep(options: argparse.Namespace, home: Path) -> Counter[str]:
         if tiny:
             left = options.kills
             while left:
-                left -= run.kill(left, 1 / 4)
+                left -= run.kill(min(left, run.draw.randint(OFTEN, 3 * OFTEN)), 1 / 2)
             run.full_disk(options.disks)
-            run.damages(options.damages)
+            run.damage(options.damages)
         else:
             # A short share, so that it does not end before.
             while run.kill(OFTEN, 1 / 12) < OFTEN:
@@ -330,12 +324,12 @@ def main() -> int:
     options = parser.parse_args()
     # One thread, so that a fork is safe; the libraries read it when they are imported.
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # What a training imports, once for all.
-    import matplotlib.figure  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
-    from etude import int8, trainer  # noqa: F401
-
+    for module in (
+        "matplotlib.figure",
+        "transformers.models.llama.modeling_llama",
+        "etude.trainer",
+    ):
+        importlib.import_module(module)
     terminal.quiet_transformers()
     home, begun = Path(tempfile.mkdtemp(prefix="crash-sweep-")), time.monotonic()
     try:
