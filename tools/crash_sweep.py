@@ -13,6 +13,7 @@ instead of a tiny random one, in float32 and int8. Exit code 1 at the first viol
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -37,13 +38,9 @@ ADAPTER, STATE, PLACE = "adapter_model.safetensors", "state.safetensors", "train
 # Dropout for random numbers; logged, validated and ended an epoch out of step.
 SETTINGS = [
     *("dataset.validation=null", "dataset.validation_split=0.2", "dataset.test=null", "lora.r=4"),
-    *(
-        "lora.dropout=0.1",
-        "training.batch_size=2",
-        "training.compile=false",
-        "training.eval_steps=5",
-    ),
-    *("training.num_epochs=2", "training.save_steps=1", "training.logging_steps=3"),
+    *("lora.dropout=0.1", "training.batch_size=2", "training.num_epochs=2"),
+    *("training.save_steps=1", "training.eval_steps=5", "training.logging_steps=3"),
+    "training.compile=false",
 ]
 Strike = Callable[[float], bool]  # given the seconds since a training began: kill it now?
 
@@ -94,7 +91,7 @@ class Sweep:
             if strike and strike(time.monotonic() - begun):
                 child.kill()
                 break
-            time.sleep(0.0003)
+            time.sleep(0.001)
         child.join()
         must(bool(strike) or child.exitcode == 0, f"undisturbed, exit code {child.exitcode}")
         return None if child.exitcode == -9 else child.exitcode
@@ -301,10 +298,12 @@ def main() -> int:
     options = parser.parse_args()
     # One thread, so that a fork is safe; the libraries read it when they are imported.
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from matplotlib.backends import backend_agg  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from etude import trainer  # noqa: F401
 
+    gc.freeze()  # a child need not look through all that again
     terminal.quiet_transformers()
     home, begun = Path(tempfile.mkdtemp(prefix="crash-sweep-")), time.monotonic()
     try:
