@@ -279,6 +279,7 @@ def sweep(options: argparse.Namespace, home: Path) -> Counter[str]:
         print(f"{options.model}, {kind}: {run.steps} steps in {run.seconds:.1f} s", flush=True)
         while tiny and left:
             left -= run.kill(min(left, run.draw.randint(OFTEN, 3 * OFTEN)), 1 / 2)
+            print(f"{left} kills to go", file=sys.stderr)
         while not tiny and run.kill(OFTEN, 1 / 4) < OFTEN:
             pass
         if tiny:
@@ -292,8 +293,13 @@ def main() -> int:
     """Sweep, print the counts, and say by the exit code whether all held."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("tiny", "sample"), default="tiny")
-    defaults = {"kills": 220, "disks": 12, "damages": 100, "rows": 32, "seed": 0}
-    for name, default in defaults.items():
+    for name, default in (
+        ("kills", 220),
+        ("disks", 12),
+        ("damages", 99),
+        ("rows", 32),
+        ("seed", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     # One thread, so that a fork is safe; the libraries read it when they are imported.
