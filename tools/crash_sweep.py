@@ -34,7 +34,7 @@ import typer
 from etude import checkpoints, models, proof, report, runs, terminal, train_with_config
 
 OFTEN = 5  # kills from which a training counts as often killed
-ADAPTER, STATE, PLACE = "adapter_model.safetensors", "state.safetensors", "trainer_state.json"
+ADAPTER = "adapter_model.safetensors"
 # Dropout for random numbers; logged, validated and ended an epoch out of step.
 SETTINGS = [
     *("dataset.validation=null", "dataset.validation_split=0.2", "dataset.test=null", "lora.r=4"),
@@ -223,9 +223,10 @@ class Sweep:
             cases += [(way, name, changed) for way, changed in ways.items()]
         weights, last = bytearray((newest / ADAPTER).read_bytes()), f"last {ADAPTER}"
         weights[-6] ^= 0x10  # in the mantissa of a weight
+        state, place = "state.safetensors", "trainer_state.json"
         controls = [
-            ("moments and random states of the step before", STATE, (before / STATE).read_bytes()),
-            ("place in the data of the step before", PLACE, (before / PLACE).read_bytes()),
+            ("moments and random states of the step before", state, (before / state).read_bytes()),
+            ("place in the data of the step before", place, (before / place).read_bytes()),
             ("a bit flipped in a weight", ADAPTER, bytes(weights)),
         ]
         for case in [*self.draw.sample(cases, min(limit, len(cases))), *controls]:
@@ -293,13 +294,8 @@ def main() -> int:
     """Sweep, print the counts, and say by the exit code whether all held."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("tiny", "sample"), default="tiny")
-    for name, default in (
-        ("kills", 220),
-        ("disks", 12),
-        ("damages", 99),
-        ("rows", 32),
-        ("seed", 0),
-    ):
+    defaults = {"kills": 220, "disks": 12, "damages": 99, "rows": 32, "seed": 0}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     # One thread, so that a fork is safe; the libraries read it when they are imported.
