@@ -169,6 +169,9 @@ class Sweep:
             where = "in a save" if self.unfinished() - there else "elsewhere"
             where = "after the last checkpoint" if self.step == self.steps else where
             self.counts[f"kills {where}"] += 1
+            if (self.folder / runs.MANIFEST).is_file():  # the kill came when all was done
+                code, kills = 0, kills + 1
+                break
         must(code == 0, f"the training ended with exit code {code}")
         self.compare()
         self.counts[f"trainings killed {OFTEN} times or more"] += kills >= OFTEN
