@@ -120,12 +120,21 @@ def test_the_last_and_the_best_are_kept_and_leftovers_go(home):
     for step in range(11, 16):
         make(home, step)
     (home / f"{checkpoints.UNFINISHED}abc").mkdir()
-    checkpoints.retain(home, 2, best=11)
+    checkpoints.retain(home, 15, 2, best=11)
     assert sorted(path.name for path in home.iterdir()) == [
         "checkpoint-11", "checkpoint-14", "checkpoint-15"
     ]  # fmt: skip
-    checkpoints.retain(home, 1, best=None)
+    checkpoints.retain(home, 15, 1, best=None)
     assert [path.name for path in home.iterdir()] == ["checkpoint-15"]
+
+
+def test_a_damaged_one_does_not_count_in_place_of_the_one_just_made(home):
+    make(home, 12)
+    (home / "checkpoint-12" / checkpoints.PROGRESS).unlink()
+    make(home, 11)  # resumed from 10, and one step further
+    checkpoints.retain(home, 11, 1, best=None)
+    assert checkpoints.newest(home) == (home / "checkpoint-11", [])
+    assert [path.name for path in home.iterdir()] == ["checkpoint-11"]
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

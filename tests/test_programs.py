@@ -319,7 +319,8 @@ def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
         (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "full"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the GPU"),
-        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: the disk is full; free some"),
+        (OSError(122, "Disk quota exceeded"), "the disk is full; free some"),
     ],
 )
 def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):

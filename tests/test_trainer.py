@@ -356,8 +356,11 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypat
     assert all(torch.equal(value, state[1][name]) for name, value in tensors.items())
     for key in ("steps", "train_loss", "eval_loss"):
         assert again[key] == results[key]
-    # Once more, from its end: nothing is left to do, and it is the same still.
+    # Once more, from its end: nothing is left to do but to tidy up, and it is the same still.
+    leftover = folder / runs.CHECKPOINTS / f"{checkpoints.UNFINISHED}abc"
+    leftover.mkdir()
     model, again, _ = fitted(settings, folder, resumed(folder))
+    assert not leftover.exists()
     assert lora.digest(lora.state(model)) == lora.digest(lora.state(whole))
     assert again["eval_loss"] == results["eval_loss"]
 

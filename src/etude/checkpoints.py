@@ -101,10 +101,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def retain(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind."""
-    for checkpoint in _all(folder)[:-keep]:
-        if step_of(checkpoint) != best:
+def retain(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind.
+
+    `step` is the training's. Later ones were passed over when it was resumed, so they are damaged: they
+    go too, for they must not count in place of whole ones.
+    """
+    kept = [checkpoint for checkpoint in _all(folder) if step_of(checkpoint) <= step][-keep:]
+    for checkpoint in _all(folder):
+        if checkpoint not in kept and step_of(checkpoint) != best:
             remove(checkpoint)
     for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -71,7 +71,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             sys.stdout = None
             raise typer.Exit(0) from None
         except OSError as error:  # no permission, a full disk, a name too long
-            problem = f"{error.filename or 'the system'}: {error.strerror or error}"
+            told = _machine_is_full(error) or error.strerror or error
+            problem = f"{error.filename or 'the system'}: {told}"
         except Exception as error:
             problem = _machine_is_full(error)
             if not problem:
@@ -93,7 +94,8 @@ def _machine_is_full(error: Exception) -> str:
             "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
             "evaluation.batch_size, or set training.gradient_checkpointing: true"
         )
-    if any(words in str(error) for words in ("No space left on device", "file write failed")):
+    full = ("No space left on device", "Disk quota exceeded", "file write failed")
+    if any(words in str(error) for words in full):
         return "the disk is full; free some space, then go on: a training with --resume"
     return ""
 

@@ -91,6 +91,8 @@ class StepTrainer(Trainer):
             lora.restore(self.model, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self.step_loss = progress["step_loss"]
+            if self.args.should_save:
+                self._retain()  # the kill may have come before or amid it
         else:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = self.state.best_global_step
@@ -330,9 +332,13 @@ class StepTrainer(Trainer):
                 lora.save(self.model, work)
                 self.state.save_to_json(str(work / TRAINER_STATE_NAME))
                 checkpoints.save_state(work, progress, tensors | moments)
-            keep = self.args.save_total_limit or 1
-            checkpoints.retain(home, keep, self.state.best_global_step)
+            self._retain()
         self._saved_step = step
+
+    def _retain(self) -> None:
+        state, keep = self.state, self.args.save_total_limit or 1
+        home = Path(str(self.args.output_dir))
+        checkpoints.retain(home, state.global_step, keep, state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         lora.restore(self.model, Path(resume_from_checkpoint))
