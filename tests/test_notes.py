@@ -450,6 +450,12 @@ def test_sync_keeps_the_notes_of_code_that_is_gone():
     assert again.count("\n## Orphaned notes\n") == 1 and texts(again) == texts(text)
 
 
+def test_sync_does_not_delete_what_only_looks_like_a_note():
+    text = page("src/etude/x.py", "x = 1\ny = 2\n").replace("# WHY: why of 1.", "# Why: of 1.")
+    with pytest.raises(notes_page.Broken, match="looks like a note and is none"):
+        notes_sync.synced("src/etude/x.py", text, "x = 1\ny = 3\n", None)
+
+
 def test_sync_lengthens_a_fence_that_the_code_would_close():
     text, _ = sync(SMALL + '\n\nTICKS = """\n````\n"""\n')
     assert "\n`````python\n" in text and "\n`````\n" in text

@@ -268,8 +268,9 @@ def test_zero_gradients_and_a_jump_of_the_loss_are_told(tiny_model, files, caplo
     assert "train.jsonl:" in jump
 
 
+@pytest.mark.parametrize("learning", [True, False], ids=["step", "validation"])
 def test_out_of_memory_cuts_smaller_passes_and_learns_the_same(
-    tiny_model, files, monkeypatch, caplog
+    tiny_model, files, monkeypatch, caplog, learning
 ):
     monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
     # The rehearsal would have found it out; here it happens in a step.
@@ -281,15 +282,16 @@ def test_out_of_memory_cuts_smaller_passes_and_learns_the_same(
     limit = 100
 
     def small(model, batch):
-        if torch.is_grad_enabled() and batch.input_ids.numel() > limit:
+        if torch.is_grad_enabled() == learning and batch.input_ids.numel() > limit:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return original(model, batch)
 
     monkeypatch.setattr("etude.batching.token_losses", small)
     cut, _, again = fitted(settings, files / "cut")
     assert "out of memory; the passes are halved to 256 tokens" in caplog.text
-    losses, cut_losses = ([x["loss"] for x in those if "loss" in x] for those in (lines, again))
-    assert cut_losses == pytest.approx(losses, rel=1e-5)
+    for key in ("loss", "eval_loss"):
+        losses, cut_losses = ([x[key] for x in those if key in x] for those in (lines, again))
+        assert losses and cut_losses == pytest.approx(losses, rel=1e-5)
     for name, value in adapter(cut).items():
         torch.testing.assert_close(value, adapter(whole)[name], rtol=1e-3, atol=1e-5)
     limit = 10

@@ -10,14 +10,17 @@ trap 'rm -rf "$scratch"' EXIT
 "${PYTHON:-python3}" -m venv "$scratch/venv"
 "$scratch/venv/bin/pip" install --quiet uv==0.13.9
 
+# uv keeps the pins that it finds in the file it writes.
+cp requirements.lock "$scratch/" 2>/dev/null || true
 "$scratch/venv/bin/uv" pip compile pyproject.toml \
     --extra tracking --group dev --group files \
     --universal --python-version 3.11 --fork-strategy fewest \
     --generate-hashes --no-emit-package torch --no-emit-index-url --no-emit-find-links \
     --custom-compile-command "make lock" --quiet \
-    --output-file requirements.lock "$@" > "$scratch/stdout"
+    --output-file "$scratch/requirements.lock" "$@" > "$scratch/stdout"
 
-if grep -E '^(torch|triton|nvidia|cuda)[-=]' requirements.lock; then
+if grep -E '^(torch|triton|nvidia|cuda)[-=]' "$scratch/requirements.lock"; then
     echo "requirements.lock must not pin torch or its GPU packages (see above)" >&2
     exit 1
 fi
+cp "$scratch/requirements.lock" requirements.lock

@@ -374,7 +374,7 @@ def run(root: Path, command: str, names: list[str]) -> int:
         return bool(faults)
     if command == "coverage":
         rows = coverage(root, files, chosen(files, names))
-        width = max(len(row[0]) for row in rows)
+        width = max((len(row[0]) for row in rows), default=0)
         for file, count, noted, _ in rows:
             print(f"{file:{width}}  {count:5}  {noted:5}  {noted / max(count, 1):4.0%}")
         print(total(rows))

@@ -25,6 +25,8 @@ from notes_page import (
     written,
 )
 
+ALMOST = re.compile(r"\s*#+\s*(what|why|how|benefits?|trade-?offs?)\s*:", re.IGNORECASE)
+
 
 def subject(item: Statement) -> str:
     """What a statement defines, assigns, calls or, in YAML, sets."""
@@ -107,6 +109,11 @@ def synced(file: str, text: str, source: str, lock: str | None) -> tuple[str, st
         raise Broken(1, f"{file} has no newline at its end; add one")
     for row in sorted(note_lines(source, language)):
         raise Broken(1, f"line {row + 1} of {file} looks like a note; word that comment otherwise")
+    for at, line in zip(page.where, page.code, strict=True):
+        if ALMOST.match(line) and line not in split(source):
+            raise Broken(
+                at + 1, "this looks like a note and is none; write `# WHAT: text` or delete it"
+            )
     new = statements(source, language)
     names = renamed(page.statements, new)
     old = [s._replace(scope=names.get(s.scope, s.scope)) for s in page.statements]

@@ -7,11 +7,11 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,11 +21,12 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from etude import batching, checkpoints, lora, ranks
 from etude.config import Config
 from etude.conversation import Example
-from etude.device import Device, out_of_memory
+from etude.device import Device, free_memory, out_of_memory
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -130,13 +131,7 @@ class StepTrainer(Trainer):
         model.train()
         examples: list[Example] = inputs["examples"]
         supervised = self._sum(sum(sum(example.supervised) for example in examples))
-        while True:
-            try:
-                own = self._passes(examples, supervised)
-                break
-            except RuntimeError as error:
-                self._cut_smaller(examples, error)
-                model.zero_grad()
+        own = self._in_memory(examples, lambda: self._passes(examples, supervised))
         loss = self._sum(own.sum()) / supervised
         self.step_loss = loss.item()
         self.tokens_seen += int(self._sum(sum(map(len, examples))))
@@ -148,6 +143,8 @@ class StepTrainer(Trainer):
 
     def _passes(self, examples: list[Example], supervised: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradients of the step; the summed nll of each example, in nats, [examples]."""
+        model: Any = self.model
+        model.zero_grad()  # of an attempt for which memory did not suffice
         own = torch.zeros(len(examples), device=self.args.device)
         for batch in self._cutter(examples):
             with self.compute_loss_context_manager():
@@ -168,6 +165,15 @@ class StepTrainer(Trainer):
     def _sum(self, value: Any) -> torch.Tensor:
         return ranks.total(value, self.args.device)
 
+    def _in_memory(self, examples: list[Example], run: Callable[[], T]) -> T:
+        """What `run` returns; where memory runs out the passes are halved, for good, and it runs again."""
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                self._cut_smaller(examples, error)
+            free_memory()  # only here: an error holds what its frames hold
+
     def _cut_smaller(self, examples: list[Example], error: RuntimeError) -> None:
         """Halve the passes if `error` says that memory ran out; else raise it again."""
         if not out_of_memory(error):
@@ -180,8 +186,6 @@ class StepTrainer(Trainer):
                 "model.quantization: int8, or take a smaller model.name"
             ) from None
         self._cutter = smaller
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         log.warning(
             "step %d: out of memory; the passes are halved to %s, and the training goes on",
             self.state.global_step + 1,
@@ -258,14 +262,19 @@ class StepTrainer(Trainer):
         model: Any = self.model
         was_training = model.training
         model.eval()
-        total, count = 0.0, 0
         share = examples[self.args.process_index :: self.args.world_size]
-        # Without gradients it would be another graph to compile, for a few passes.
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self._cutter(share):
-                total += float(batching.token_losses(model, batch).sum())
-                count += len(batch.target)
+
+        def losses() -> tuple[float, int]:
+            total, count = 0.0, 0
+            # Without gradients it would be another graph to compile, for a few passes.
+            eager = torch.compiler.set_stance("force_eager")
+            with eager, torch.no_grad(), self.compute_loss_context_manager():
+                for batch in self._cutter(share):
+                    total += float(batching.token_losses(model, batch).sum())
+                    count += len(batch.target)
+            return total, count
+
+        total, count = self._in_memory(share, losses)
         model.train(was_training)
         # float64: the same sum on every process, and no rounding of what is compared later.
         sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
