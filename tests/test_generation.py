@@ -5,6 +5,7 @@ import torch
 
 from etude import runs
 from etude.config import Generation
+from etude.errors import UserError
 from etude.generation import _Streamer, generate
 
 GREEDY = Generation(temperature=0.0, max_new_tokens=12)
@@ -108,10 +109,19 @@ def test_ctrl_c_keeps_what_was_written_when_streaming_and_leaves_otherwise(tiny)
     assert whole.startswith(answer.text)
 
     class Broken:
-        device = "cpu"
+        device, config = "cpu", None
 
         def generate(self, **_):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate(Broken(), tiny.renderer, [prompt], GREEDY)
+
+
+def test_an_answer_ends_with_the_window(tiny, monkeypatch):
+    (prompt,) = prompts_of(tiny, "Hi")
+    monkeypatch.setattr(tiny.base.model.config, "max_position_embeddings", len(prompt) + 3)
+    (answer,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)
+    assert answer.tokens <= 3 and not answer.finished
+    with pytest.raises(UserError, match=r"window \d+; shorten it"):
+        generate(tiny.base.model, tiny.renderer, [prompt + prompt], GREEDY)

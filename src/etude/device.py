@@ -89,12 +89,9 @@ def available(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        return min([found * 1024, *_left_in_groups()])
-    except (OSError, StopIteration):  # no Linux: all that the machine has
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
 
 
 def _left_in_groups(
@@ -104,7 +101,9 @@ def _left_in_groups(
 
     A group's usage counts cached files, which are dropped before anything fails.
     """
-    found = []
+    found: list[int] = []
+    if not member.exists():  # no Linux
+        return found
     for line in member.read_text().splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds not in ("", "memory"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from etude.config import Generation
 from etude.conversation import Renderer
+from etude.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ def generate(
     Sampling: logits / temperature, then the `top_k` likeliest, then the smallest set that holds
     `top_p` of the probability (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the
     likeliest token. Ctrl-C while streaming returns what there is, with `interrupted` set.
+
+    Raises:
+        UserError: a prompt that fills the model's window.
     """
     import torch
     from transformers import GenerationConfig
@@ -44,6 +48,13 @@ def generate(
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     longest = max(map(len, prompts))
+    # Beyond its window a model fails or, with rotary positions, writes noise.
+    window = getattr(model.config, "max_position_embeddings", None)
+    room = window - longest if window else settings.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"the text has {longest:,} tokens, and the model's window {window:,}; shorten it"
+        )
     pad = renderer.stop_ids[0]
     # Padded on the left: the next token must follow the prompt's last one in every row.
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -64,7 +75,7 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=settings.max_new_tokens,
+                    max_new_tokens=min(settings.max_new_tokens, room),
                     repetition_penalty=settings.repetition_penalty,
                     eos_token_id=renderer.stop_ids,
                     pad_token_id=pad,

@@ -93,9 +93,10 @@ def outline(name: str, revision: str | None = None) -> Outline:
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
     file = gguf_file(name)
-    if file and not _verified(converted(file)):
-        return _outline(name, None, revision, file)
-    return _outline(name, locate(name), revision)
+    if file is None:
+        return _outline(name, locate(name), revision)
+    folder = converted(file)
+    return _outline(name, folder if _verified(folder) else None, revision, file)
 
 
 def _outline(
@@ -111,7 +112,7 @@ def _outline(
     # What is local must not ask the Hub, and what is remote is pinned by `revision`.
     offline = bool(folder or file) or not hub_reachable()
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
-    if file:
+    if folder is None and file:
         options["gguf_file"] = file.name
     elif folder is None:
         options["revision"] = revision or "main"

@@ -52,9 +52,10 @@ def _rehearse(
     import torch
 
     training = settings.training
-    batch, _ = batching.largest(
-        b for step in batching.first_steps(settings, examples["train"]) for b in cutter(step)
-    )
+    steps = list(batching.first_steps(settings, examples["train"]))
+    if not any(steps):  # fewer examples than processes
+        return
+    batch, _ = batching.largest(b for step in steps for b in cutter(step))
     half = torch.float16 if training.fp16 else torch.bfloat16
     mixed = torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16)
     was_training = model.training

@@ -491,13 +491,14 @@ def fit(
         recorder.trainer = loop
         loop.remove_callback(transformers.PrinterCallback)
         with stoppable(loop, folder):
-            ranks.agree(
-                {
-                    "lora and training": shown(settings.lora, settings.training),
-                    "the examples": shown(examples),
-                    "the checkpoint": checkpoint.name if checkpoint else "none",
-                }
-            )
+            if ranks.WORLD > 1:
+                ranks.agree(
+                    {
+                        "lora and training": shown(settings.lora, settings.training),
+                        "the examples": shown(examples),
+                        "the checkpoint": checkpoint.name if checkpoint else "none",
+                    }
+                )
             loop.run(checkpoint)
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise UserError(
