@@ -27,7 +27,7 @@ from etude.models import Outline
 log = logging.getLogger(__name__)
 
 GB = 1e9
-HELD = 1.0  # memory taken for each byte of a pass's tensors
+HELD = 1.2  # memory taken for each byte of a pass's tensors
 COMPILED = 0.8  # the same where the layers are compiled: fewer tensors live between products
 LATER = 100e6  # bytes of what is imported and kept after the plan is made
 COMPILER = 250e6  # bytes that torch.compile keeps in the process
@@ -48,8 +48,8 @@ class Plan:
         base: the frozen weights.
         loading: what reading and converting or quantising them takes for a moment, beside them.
         adapter: the trained weights.
-        optimizer: their gradients and AdamW's two moments.
-        training: what the largest pass holds, forward and backward.
+        optimizer: AdamW's two moments of them.
+        training: what the largest pass holds, forward and backward, their gradients included.
         validation: what the largest pass of the validation holds, without gradients.
         proof: what the new process takes that opens the run at the end, on the base in float.
         generation: what `etude evaluate` holds beside libraries, base and adapter to write answers:
@@ -94,8 +94,12 @@ class Plan:
             ("libraries", self.libraries, "Python, PyTorch and the rest"),
             ("base", self.base, f"{_gb(self.loading)} more for a moment while it is loaded"),
             ("adapter", self.adapter, "float32"),
-            ("optimizer", self.optimizer, "gradients, AdamW's two moments"),
-            ("training", self.training, f"activations of the largest pass, {self.tokens} tokens"),
+            ("optimizer", self.optimizer, "AdamW's two moments"),
+            (
+                "training",
+                self.training,
+                f"largest pass, {self.tokens} tokens: activations, gradients",
+            ),
             ("validation", self.validation, "the largest pass without gradients"),
             ("peak", self.peak, "of the training process"),
             ("proof", self.proof, "a new process, at the end, when this one's memory is free"),
@@ -174,6 +178,7 @@ def _estimate(
     cutter = _cutter(model, settings, place)
     looked_at = list(batching.first_steps(settings, examples["train"]))
     batch, tokens = batching.largest(batch for step in looked_at for batch in cutter(step))
+    several = any(sum(1 for _ in cutter(step)) > 1 for step in looked_at[:8])
     tokens = tokens * steps // len(looked_at)
     held_out = examples.get("validation", [])
     checked, checked_tokens = batch, 0
@@ -195,7 +200,8 @@ def _estimate(
     half = torch.float16 if training.fp16 else torch.bfloat16
     mixed = torch.autocast("cpu", half, enabled=training.fp16 or training.bf16)
     with FakeTensorMode() as mode:
-        counting.numberless(model)
+        # Steps of several passes: the gradients of those before are there when the next begins.
+        counting.numberless(model, gradients=several)
         if quantization == "int8":
             for name, linear in int8.frozen_linears(model).items():
                 parent, _, last = name.rpartition(".")
@@ -247,8 +253,8 @@ def _estimate(
         base=base,
         loading=max(0, loading),
         adapter=adapter,
-        optimizer=3 * adapter,
-        training=int(factor * step.peak) + extra,
+        optimizer=2 * adapter,
+        training=int(factor * step.peak) + (adapter if several else 0) + extra,
         validation=validation,
         proof=bare + full + adapter + validation,
         generation=cache,
