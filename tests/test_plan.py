@@ -131,7 +131,7 @@ def test_base_adapter_and_optimizer_are_what_the_real_ones_hold(prepared, tiny_m
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
-    assert found.optimizer == counting.size([*moments, *(value.grad for value in trained)])
+    assert found.optimizer == counting.size(moments)
 
     cutter = batching.Cutter.of(model, 1, 128)
     int8.quantize(model, cutter(examples["train"]), torch.float32)
@@ -181,7 +181,9 @@ def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpoint
     if not checkpointing:  # what checkpointing saves goes past the hooks
         assert forward.left == pytest.approx(real_pass(real, batch), rel=0.1)
     assert both.peak >= forward.left
-    assert both.left < 0.01 * both.peak  # all is given back
+    trained = [value for value in empty.parameters() if value.requires_grad]
+    # All is given back but the gradients, and a tensor or two that autograd keeps.
+    assert 0 <= both.left - counting.size(trained) < 0.01 * both.peak
     # Backward: a product for the gradient of each input; for A and B one more each. Checkpointing
     # computes the layers' forward again.
     assert (2.0 if checkpointing else 1.7) < both.operations / forward.operations < 3.5

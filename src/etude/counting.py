@@ -72,9 +72,10 @@ def walk(model: Any, compute: Callable[[], Any]) -> Walk:
     return replace(found, left=left)
 
 
-def numberless(model: Any) -> None:
+def numberless(model: Any, gradients: bool = False) -> None:
     """Put fake tensors in place of the parameters and buffers of a model on the meta device.
 
+    With `gradients` the trained ones have theirs already, which are then added to.
     On the CPU: what PyTorch would choose for meta, attention for one, is not what runs.
     """
     import torch
@@ -88,7 +89,7 @@ def numberless(model: Any) -> None:
                 new = torch.nn.Parameter(torch.empty(value.shape, dtype=value.dtype), False)
                 if value.requires_grad:
                     new.requires_grad_()
-                    new.grad = torch.empty_like(new)
+                    new.grad = torch.empty_like(new) if gradients else None
                 made[id(value)] = new
             module._parameters[name] = made[id(value)]
         for name, value in module._buffers.items():

@@ -5,8 +5,9 @@ of all its tensors and the operations of its matrix products; from those, with t
 speed, the time follows.
 
 What allocators and compilers add to that is not derivable. HELD, COMPILED, LATER and COMPILER were
-fitted to the peaks (VmHWM) that benchmarks/memory.py measured on the sample model, torch 2.13,
-glibc 2.36, two CPU cores; other models and machines were not used for it.
+fitted to the peaks (VmHWM) of the 16 settings of benchmarks/memory.py that are marked so there: the
+sample model, torch 2.13, glibc 2.36, one thread, passes of up to 512 tokens, two steps. Other models
+and machines were not used for it, and on a GPU nothing was measured: UNMEASURED is a guess.
 """
 
 import logging
@@ -27,9 +28,14 @@ from etude.models import Outline
 log = logging.getLogger(__name__)
 
 GB = 1e9
-HELD = 1.0  # memory taken for each byte of a pass's tensors
-COMPILED = 0.8  # the same where the layers are compiled: fewer tensors live between products
-LATER = 100e6  # bytes of what is imported and kept after the plan is made
+# Memory taken for each byte of a pass's tensors: passes differ in length, and glibc keeps the holes
+# that the tensors of one leave and those of the next do not fill.
+HELD = 1.55
+COMPILED = (
+    0.5  # that much of it where the layers are compiled: fewer tensors, made and freed together
+)
+UNMEASURED = 1.1  # in place of both on a GPU
+LATER = 60e6  # bytes of what is imported and kept after the plan is made
 COMPILER = 250e6  # bytes that torch.compile keeps in the process
 CONVERTING = 2.0  # times a model's float32 bytes, for a moment, while its GGUF file is converted
 NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
@@ -48,8 +54,8 @@ class Plan:
         base: the frozen weights.
         loading: what reading and converting or quantising them takes for a moment, beside them.
         adapter: the trained weights.
-        optimizer: their gradients and AdamW's two moments.
-        training: what the largest pass holds, forward and backward.
+        optimizer: AdamW's two moments of them.
+        training: what the largest pass holds, forward and backward, their gradients included.
         validation: what the largest pass of the validation holds, without gradients.
         proof: what the new process takes that opens the run at the end, on the base in float.
         generation: what `etude evaluate` holds beside libraries, base and adapter to write answers:
@@ -94,8 +100,12 @@ class Plan:
             ("libraries", self.libraries, "Python, PyTorch and the rest"),
             ("base", self.base, f"{_gb(self.loading)} more for a moment while it is loaded"),
             ("adapter", self.adapter, "float32"),
-            ("optimizer", self.optimizer, "gradients, AdamW's two moments"),
-            ("training", self.training, f"activations of the largest pass, {self.tokens} tokens"),
+            ("optimizer", self.optimizer, "AdamW's two moments"),
+            (
+                "training",
+                self.training,
+                f"largest pass, {self.tokens} tokens: activations, gradients",
+            ),
             ("validation", self.validation, "the largest pass without gradients"),
             ("peak", self.peak, "of the training process"),
             ("proof", self.proof, "a new process, at the end, when this one's memory is free"),
@@ -174,6 +184,7 @@ def _estimate(
     cutter = _cutter(model, settings, place)
     looked_at = list(batching.first_steps(settings, examples["train"]))
     batch, tokens = batching.largest(batch for step in looked_at for batch in cutter(step))
+    several = any(sum(1 for _ in cutter(step)) > 1 for step in looked_at[:8])
     tokens = tokens * steps // len(looked_at)
     held_out = examples.get("validation", [])
     checked, checked_tokens = batch, 0
@@ -195,7 +206,8 @@ def _estimate(
     half = torch.float16 if training.fp16 else torch.bfloat16
     mixed = torch.autocast("cpu", half, enabled=training.fp16 or training.bf16)
     with FakeTensorMode() as mode:
-        counting.numberless(model)
+        # Steps of several passes: the gradients of those before are there when the next begins.
+        counting.numberless(model, gradients=several)
         if quantization == "int8":
             for name, linear in int8.frozen_linears(model).items():
                 parent, _, last = name.rpartition(".")
@@ -228,27 +240,28 @@ def _estimate(
     # nf4 makes one layer's weights anew for each product.
     again = max((w.numel() * w.element_size() for w in linears), default=0)
     extra = again if quantization == "nf4" else 0
-    factor = HELD * (COMPILED if compile else 1)
+    host = place.name != "cuda"
+    held = HELD if host else UNMEASURED
+    factor = held * (COMPILED if compile and host else 1)
     adapter = counting.size(trained)
     stored = count * outline.stored.itemsize
     loading = 0
     if outline.unconverted:
         loading = int(CONVERTING * 4 * count) - base
     elif quantization == "int8":  # both stand there while layer by layer is quantised
-        loading = stored + int(HELD * judged.peak)
+        loading = stored + int(held * judged.peak)
     elif outline.stored != place.torch_dtype:
         loading = stored
-    host = place.name != "cuda"
     bare = int(device.used_memory("cpu") + LATER) if host else 0
     libraries = bare + (int(COMPILER) if host and compile else 0)
-    validation = int(HELD * judged.peak) + extra
+    validation = int(held * judged.peak) + extra
     return Plan(
         libraries=libraries,
         base=base,
         loading=max(0, loading),
         adapter=adapter,
-        optimizer=3 * adapter,
-        training=int(factor * step.peak) + extra,
+        optimizer=2 * adapter,
+        training=int(factor * step.peak) + (adapter if several else 0) + extra,
         validation=validation,
         proof=bare + full + adapter + validation,
         generation=cache,
