@@ -53,10 +53,11 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 test: install ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
 
-check: install ## format, lint, types, import layers, tests
+check: install ## format, lint, types, notes, import layers, tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python tools/notes.py check
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(MAKE) --no-print-directory test
 
