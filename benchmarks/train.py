@@ -435,7 +435,9 @@ def worker(engine: str, model: str, file: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         clock = globals()[f"run_{engine.replace('-', '_')}"](steps, model, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Linux counts KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
     result = {
         "engine": engine,
@@ -499,6 +501,8 @@ def main() -> None:
         worker(*options.worker)
         return
     engines = options.engines.split(",")
+    if options.steps < 2:
+        raise SystemExit("error: --steps: the first step stands apart, so at least 2 are needed")
     unknown = set(engines) - set(ENGINES)
     if unknown:
         raise SystemExit(

@@ -278,13 +278,14 @@ def test_a_run_repeats_bit_for_bit(finished, tmp_path):
     assert first == second  # the files too
 
 
-def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path):
+def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypatch):
     # The control: the manifest's seed decides, not the one in config.yml.
     manifest = json.loads((copied / runs.MANIFEST).read_text())
     manifest["config"]["training"]["seed"] += 1
     manifest["config"]["dataset"]["validation_split"] = 0.1
     (copied / runs.MANIFEST).write_text(json.dumps(manifest))
-    result = etude("reproduce", copied)
+    monkeypatch.chdir(copied)
+    result = etude("reproduce", ".")
     assert result.exit_code == 1, result.output
     assert "logged losses differ, first at step 1 (loss " in told(result)
     assert "differs by up to" in told(result)
