@@ -15,6 +15,7 @@ from etude import (
     generation,
     lora,
     models,
+    rehearsal,
     runs,
     train_with_config,
     trainer,
@@ -105,6 +106,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
 
         monkeypatch.setattr(trainer, "StepTrainer", Spy)
         monkeypatch.setattr(train_with_config, "prepare", lambda *_: (None, "prepared"))
+        monkeypatch.setattr(rehearsal, "rehearse", lambda *_: None)
         with pytest.raises(KeyError):
             train_with_config.fit(
                 None, config, device.choose("float32", True), tables(config), place, None
