@@ -87,6 +87,7 @@ echo "== the same, and the process on 10.77.0.2 is killed"
 host "$one" v1 0 killed training.num_epochs=500 training.save_steps=5 > one.log 2>&1 & pids+=($!)
 host "$other" v2 1 killed training.num_epochs=500 training.save_steps=5 > other.log 2>&1 & pids+=($!)
 for _ in $(seq 600); do grep -q '^step 30/' one.log && break; sleep 0.1; done
+grep -q '^step 30/' one.log || { cat one.log; exit 1; }
 victim=$(pgrep -f -P "${pids[3]}" 'etude.train_with_config')
 started=$(date +%s%N)
 since() { printf '%d.%02d' $((($(date +%s%N) - started) / 10**9)) $((($(date +%s%N) - started) / 10**7 % 100)); }

@@ -6,11 +6,11 @@ own ancestors only, and its position is its depth. So nothing differs from the e
 one but the work that is saved.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from etude import ranks
 from etude.config import Config
 from etude.conversation import Example
 from etude.errors import first_line
@@ -330,9 +330,8 @@ def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[
     chosen = steps[:LOOKED_AT]
     rest = steps[LOOKED_AT:]
     rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     for step in chosen + rest[:8]:
-        own = step[rank::world]
+        own = step[ranks.RANK :: ranks.WORLD]
         if own:
             yield [examples[index] for index in own]
 

@@ -495,6 +495,7 @@ def fit(
                 ranks.agree(
                     {
                         "lora and training": shown(settings.lora, settings.training),
+                        "the base": str(model.peft_config["default"].revision),
                         "the examples": shown(examples),
                         "the checkpoint": checkpoint.name if checkpoint else "none",
                     }
