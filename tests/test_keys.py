@@ -172,7 +172,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         seen = {}
 
         class Model:
-            device = "cpu"
+            device, config = "cpu", None
 
             def generate(self, *, generation_config, input_ids, **_):
                 seen.update(generation_config.to_dict())
