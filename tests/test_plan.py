@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_trainer import ROWS
 from typer.testing import CliRunner
 
 from etude import (
@@ -25,10 +26,6 @@ from etude import config as configuration
 from etude.cli import app
 from etude.errors import UserError
 
-ROWS = [
-    {"prompt": f"Question {n}: " + "why " * (n % 5), "completion": "Because " * (1 + n % 4) + "so."}
-    for n in range(24)
-]
 CPU = device.Device("cpu", "float32", "")
 
 
