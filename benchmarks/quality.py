@@ -1,10 +1,12 @@
-"""What training on an int8 base costs in quality: held-out loss and accuracy beside float32's.
+"""What training on a base in another format costs in quality: held-out loss and accuracy.
 
     python benchmarks/quality.py --seeds 1,2,3
 
-Each seed trains one epoch on the tweets and one on the dictionary, once on the float32 base and
-once on the int8 base, through `etude train`. The held-out loss is that on the test set, on the
-base the adapter was trained on; accuracy is `etude evaluate`'s, where the base is always float32.
+Each seed trains one epoch on the tweets and one on the dictionary, through `etude train`, on each
+of BASES; "other passes" is float32 again with the same steps cut into other passes, which changes
+nothing but the rounding, and shows how far rounding alone carries a training. Held-out losses are
+in nats a token on the test set: on the base that the adapter was trained on, and on the float32
+base, where `etude evaluate` and `etude chat` use it. Accuracy is `etude evaluate`'s.
 """
 
 import argparse
@@ -19,6 +21,13 @@ from typing import Any
 from train import RESULTS, ROOT, environment
 
 PRESETS = {"tweets": "quickstart", "dictionary": "dictionary"}
+TESTS = {"tweets": "tweets_sentiment", "dictionary": "devils_dictionary"}
+BASES = {
+    "float32": (),
+    "other passes": ("training.batch_size=1", "training.gradient_accumulation_steps=8"),
+    "bfloat16": ("model.dtype=bfloat16",),
+    "int8": ("model.quantization=int8",),
+}
 
 
 def etude(*words: str) -> None:
@@ -34,27 +43,38 @@ def etude(*words: str) -> None:
         raise SystemExit(f"error: etude {' '.join(words)} failed:\n{done.stderr[-2000:]}")
 
 
-def measure(workload: str, seed: int, quantization: str, folder: Path) -> dict[str, Any]:
-    """Train one run and measure it; the predictions of the 800 tweets come along."""
-    run = folder / f"{workload}-{seed}-{quantization}"
-    test = {"tweets": "tweets_sentiment", "dictionary": "devils_dictionary"}[workload]
+def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]:
+    """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
+    from etude import data, evaluation, runs, terminal
+
+    run = folder / f"{workload}-{seed}-{base.replace(' ', '-')}"
     etude(
         "train",
         "config.yml",
         "--preset",
         PRESETS[workload],
-        f"model.quantization={quantization}",
         f"training.seed={seed}",
         "training.num_epochs=1",
         "training.eval_steps=null",
         "dataset.max_rows=null",
-        f"dataset.validation=data/{test}.test.jsonl",
+        f"dataset.validation=data/{TESTS[workload]}.test.jsonl",
         f"output.dir={run}",
+        *BASES[base],
     )
     results = json.loads((run / "manifest.json").read_text())["results"]
-    found = {"loss": results["eval_loss"], "seconds": results["seconds"]}
+    terminal.quiet_transformers()
+    target = runs.open_target(str(run), ["model.dtype=float32"])
+    settings = target.config
+    table = data.read(str(settings.dataset.test), settings.dataset)
+    examples, _ = data.encode(table, target.renderer, settings.dataset, "test")
+    found = {
+        "own_base_loss": results["eval_loss"],
+        "losses": evaluation.sequence_losses(target.tuned(), examples, settings, base),
+        "tokens": sum(sum(example.supervised) for example in examples),
+        "seconds": results["seconds"],
+    }
     if workload == "tweets":
-        etude("evaluate", str(run))
+        etude("evaluate", str(run), "model.dtype=float32")
         lines = (run / "evaluation" / "predictions.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         found["truth"] = [row["label"] for row in rows]
@@ -62,38 +82,53 @@ def measure(workload: str, seed: int, quantization: str, folder: Path) -> dict[s
     return found
 
 
-def main() -> None:
-    """Train all runs, print the table and write the JSON to benchmarks/results/."""
+def compare(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """`second` beside `first`: held-out losses with a 95 % paired bootstrap interval, and accuracy."""
+    from scipy.stats import bootstrap
+
     from etude.metrics import mcnemar
 
+    loss = sum(second["losses"]) / second["tokens"]
+    own = second["own_base_loss"]
+    line = f"{own:.4f} ({own / first['own_base_loss'] - 1:+.2%}); on float32 {loss:.4f}"
+    if second is not first:
+
+        def relative(a: Any, b: Any, axis: int) -> Any:
+            return b.mean(axis=axis) / a.mean(axis=axis) - 1
+
+        pair = (first["losses"], second["losses"])
+        low, high = bootstrap(pair, relative, paired=True, rng=0).confidence_interval
+        difference = sum(second["losses"]) / sum(first["losses"]) - 1
+        line += f" ({difference:+.2%}, [{low:+.2%}, {high:+.2%}])"
+    if "truth" in second:
+        right = sum(map(str.__eq__, second["truth"], second["predicted"]))
+        tested = mcnemar(first["truth"], first["predicted"], second["predicted"])
+        line += f"; accuracy {right / len(second['truth']):.4f}, p = {tested['p_value']:.2f}"
+    return line
+
+
+def main() -> None:
+    """Train all runs, print the table and write the JSON to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--workloads", default="dictionary,tweets")
+    parser.add_argument(
+        "--bases", default=",".join(BASES), help="the first is what the others are held against"
+    )
     options = parser.parse_args()
     file = RESULTS / f"quality-{time.strftime('%Y%m%d-%H%M%S')}.json"
     record: list[dict[str, Any]] = []
     for workload in options.workloads.split(","):
         for seed in map(int, options.seeds.split(",")):
-            with tempfile.TemporaryDirectory() as folder:
-                plain, int8 = (
-                    measure(workload, seed, quantization, Path(folder))
-                    for quantization in ("null", "int8")
-                )
-            line = f"{workload:<12}seed {seed}  held-out loss {plain['loss']:.4f} float32, "
-            line += f"{int8['loss']:.4f} int8 ({int8['loss'] / plain['loss'] - 1:+.2%})"
-            if "truth" in plain:
-                found = mcnemar(plain["truth"], plain["predicted"], int8["predicted"])
-                shares = [
-                    sum(map(str.__eq__, one["truth"], one["predicted"])) / len(one["truth"])
-                    for one in (plain, int8)
-                ]
-                line += (
-                    f"; accuracy {shares[0]:.4f} and {shares[1]:.4f}, p = {found['p_value']:.2f}"
-                )
-            print(line, flush=True)
-            record.append({"workload": workload, "seed": seed, "float32": plain, "int8": int8})
-            # After each pair: what was measured outlives an interrupt.
-            file.write_text(json.dumps({"environment": environment(), "runs": record}, indent=1))
+            run: dict[str, Any] = {"workload": workload, "seed": seed, "bases": {}}
+            record.append(run)
+            for base in options.bases.split(","):
+                with tempfile.TemporaryDirectory() as folder:
+                    run["bases"][base] = measure(workload, seed, base, Path(folder))
+                line = compare(next(iter(run["bases"].values())), run["bases"][base])
+                print(f"{workload:<11} seed {seed}  {base:<13} {line}", flush=True)
+                # After each run: what was measured outlives an interrupt.
+                file.write_text(json.dumps({"environment": environment(), "runs": record}))
     print(f"\n{file}")
 
 

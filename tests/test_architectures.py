@@ -82,7 +82,7 @@ def adapter_gradients(model, losses):
 
 @every_architecture
 def test_packed_losses_and_gradients_are_those_of_the_examples_one_by_one(model):
-    assert why_not_packed(model, 64) is None
+    assert why_not_packed(model, 64, EXAMPLES) is None
     plain = torch.stack([alone(model, one) for one in EXAMPLES])
     packed = sum_by_example(model, pack(EXAMPLES, 1000), len(EXAMPLES))
     assert len(list(pack(EXAMPLES, 1000))) == 1
@@ -146,8 +146,8 @@ def test_a_window_as_long_as_the_examples_is_packed_and_a_shorter_one_is_not(con
     longest = max(map(len, EXAMPLES))
     head = {} if config_class == "MistralConfig" else {"head_dim": 8}
     model = build(config_class, sliding_window=longest, **head)
-    assert why_not_packed(model, longest) is None
-    assert "look back 12 tokens" in why_not_packed(model, longest + 1)
+    assert why_not_packed(model, longest, EXAMPLES) is None
+    assert "look back 12 tokens" in why_not_packed(model, longest + 1, EXAMPLES)
     # The pass is longer than the window, which counts from token to token, not from place to place.
     [batch] = pack(EXAMPLES, 1000)
     assert batch.input_ids.shape[1] > longest == 12
@@ -171,7 +171,7 @@ RECURRENT = {
 def test_what_cannot_be_packed_is_found_out_and_padding_is_exact(name):
     config_class, special = RECURRENT[name]
     model = build(config_class, **special)
-    reason = why_not_packed(model, 64)
+    reason = why_not_packed(model, 64, EXAMPLES)
     assert reason and reason.startswith(
         ("it does not take a mask of its own: ", "packed losses would differ by ")
     )

@@ -195,22 +195,22 @@ def test_a_pass_ends_where_its_logits_would_get_too_large():
 
 
 def test_the_budget_is_what_full_rows_hold_up_to_the_devices_cap(model, monkeypatch):
-    assert Cutter.of(model, 4, 512).budget == 512
-    assert Cutter.of(model, 1, 256).budget == 256
+    assert Cutter.of(model, 4, 512, SHARED).budget == 512
+    assert Cutter.of(model, 1, 256, SHARED).budget == 256
     cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: None)
-    assert Cutter.of(cuda, 4, 512).budget == 2048
-    assert Cutter.of(cuda, 64, 512).budget == 8192
+    assert Cutter.of(cuda, 4, 512, SHARED).budget == 2048
+    assert Cutter.of(cuda, 64, 512, SHARED).budget == 8192
 
 
 def test_a_cutter_packs_where_that_is_proven_and_pads_where_it_is_not(model, monkeypatch):
-    cutter = Cutter.of(model, 3, 4)
+    cutter = Cutter.of(model, 3, 4, SHARED)
     assert (cutter.rows, cutter.budget, cutter.why_padded) == (3, 12, None)
     packed = [batch.input_ids.shape for batch in cutter(SHARED)]
     assert packed == [batch.input_ids.shape for batch in pack(SHARED, 12)]
 
     monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: "no reason")
-    cutter = Cutter.of(model, 3, 4)
+    cutter = Cutter.of(model, 3, 4, SHARED)
     assert cutter.why_padded == "no reason"
     padded = [batch.input_ids.shape for batch in cutter(SHARED)]
     assert padded == [batch.input_ids.shape for batch in pad(SHARED, 3)]
@@ -219,7 +219,7 @@ def test_a_cutter_packs_where_that_is_proven_and_pads_where_it_is_not(model, mon
 
 def test_a_cutters_masks_have_the_models_format(model):
     for dtype in (torch.float32, torch.bfloat16):
-        [batch] = replace(Cutter.of(model, 1, 100), dtype=dtype)(SHARED)
+        [batch] = replace(Cutter.of(model, 1, 100, SHARED), dtype=dtype)(SHARED)
         assert batch.attention_mask.dtype == dtype
 
 
@@ -227,7 +227,7 @@ def test_a_cutters_masks_have_the_models_format(model):
 
 
 def test_a_plain_transformer_is_proven_packable(model):
-    assert why_not_packed(model, 512) is None
+    assert why_not_packed(model, 512, SHARED) is None
     assert not model.training
 
 
@@ -238,7 +238,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(model, monkeypatch):
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", deaf)
-    assert "packed losses would differ by" in why_not_packed(model, 512)
+    assert "packed losses would differ by" in why_not_packed(model, 512, SHARED)
 
 
 def test_a_model_that_takes_no_mask_of_its_own_is_found_out(model, monkeypatch):
@@ -247,7 +247,7 @@ def test_a_model_that_takes_no_mask_of_its_own_is_found_out(model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", strict)
     assert (
-        why_not_packed(model, 512)
+        why_not_packed(model, 512, SHARED)
         == "it does not take a mask of its own: attention_mask must be [rows, tokens]"
     )
 
@@ -255,12 +255,12 @@ def test_a_model_that_takes_no_mask_of_its_own_is_found_out(model, monkeypatch):
 def test_a_window_shorter_than_the_examples_forbids_packing(model, monkeypatch):
     monkeypatch.setattr(model.config, "sliding_window", 64, raising=False)
     assert (
-        why_not_packed(model, 512)
+        why_not_packed(model, 512, SHARED)
         == "its layers look back 64 tokens, and dataset.max_length is 512"
     )
-    assert why_not_packed(model, 64) is None
+    assert why_not_packed(model, 64, SHARED) is None
     monkeypatch.setattr(model.config, "layer_types", ["full_attention"] * 2, raising=False)
-    assert why_not_packed(model, 512) is None
+    assert why_not_packed(model, 512, SHARED) is None
 
 
 @pytest.mark.real

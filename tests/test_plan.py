@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_base_adapter_and_optimizer_are_what_the_real_ones_hold(prepared, tiny_m
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
     assert found.optimizer == counting.size(moments)
 
-    cutter = batching.Cutter.of(model, 1, 128)
+    cutter = batching.Cutter.of(model, 1, 128, examples["train"])
     int8.quantize(model, cutter(examples["train"]), torch.float32)
     small = planned(prepared, "model.quantization=int8")
     buffers = [b for m in model.modules() if isinstance(m, int8.Int8Linear) for b in m.buffers()]
@@ -162,7 +163,7 @@ def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpoint
 
     settings, outline, examples = prepared("training.batch_size=4")
     real = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
-    cutter = batching.Cutter.of(real, 4, 128)
+    cutter = batching.Cutter.of(real, 4, 128, examples["train"])
     batch, tokens = batching.largest(cutter(examples["train"]))
     assert tokens >= batch.input_ids.numel() > 200
     empty = lora.attach(outline.model(torch.float32), settings.lora, "tiny")
@@ -304,7 +305,7 @@ def test_a_process_reads_its_own_memory():
 def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
     settings, _, examples = prepared("lora.dropout=0.5", *more)
     model = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
-    cutter = batching.Cutter.of(model, 1, 128)
+    cutter = batching.Cutter.of(model, 1, 128, examples["train"])
     original, seen = batching.token_losses, []
 
     def watched(model, batch):
@@ -332,7 +333,7 @@ def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
 def test_where_memory_runs_out_the_rehearsal_halves_the_passes(prepared, tiny_model, monkeypatch):
     settings, _, examples = prepared("training.batch_size=4")
     model = lora.attach(models.load(str(tiny_model), CPU).model, settings.lora, "tiny")
-    cutter = batching.Cutter.of(model, 4, 128)
+    cutter = batching.Cutter.of(model, 4, 128, examples["train"])
     original, limit = batching.token_losses, 150
 
     def small(model, batch):
@@ -359,7 +360,7 @@ def test_the_steps_of_the_longest_rows_are_always_looked_at(prepared, monkeypatc
     rows = examples["train"]
     monkeypatch.setattr(batching, "LOOKED_AT", 1)
     longest = max(map(len, rows))
-    last = batching.order(settings.training.seed, 0, len(rows))[-1]
+    (last,) = batching.steps(settings.training.seed, 0, len(rows), 1)[-1]
     assert longest in [len(e) for step in batching.first_steps(settings, rows) for e in step]
     few = settings.model_copy(
         update={"training": settings.training.model_copy(update={"max_steps": 2})}
@@ -381,6 +382,7 @@ def test_validate_shows_configuration_data_and_plan(tiny_model, files):
         "optimizer", "generation", "GB at most, about", "3 steps", "the training fits in memory",
     ):  # fmt: skip
         assert words in result.output
+    assert re.search(r"truncated +\d", result.output)  # whole, at 80 columns
     wrong = etude("validate", *arguments, "--preset", "cpu", "lora.rr=4")
     assert wrong.exit_code == 2
     assert "lora.r" in wrong.output and "plan" not in wrong.output

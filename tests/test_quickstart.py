@@ -76,6 +76,27 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
     assert (plain - untuned).abs().max() > 0.5
 
 
+def tweets(target, rows):
+    settings = Dataset(train=str(ROOT / "data/tweets_sentiment.train.jsonl"))
+    table = data.sample(data.read(settings.train, settings), rows, seed=1)
+    return data.encode(table, target.renderer, settings, "train")[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packing_is_proven_and_its_mistakes_found_out_in_either_format(dtype, monkeypatch):
+    target = runs.open_target("smollm2-135m", [f"model.dtype={dtype}", "training.use_cpu=true"])
+    model, examples = target.base.model, tweets(target, 4)
+    assert str(model.dtype) == f"torch.{dtype}"
+    assert batching.why_not_packed(model, 256, examples) is None
+    forward = model.forward
+    for ignored in ("attention_mask", "position_ids"):
+        monkeypatch.setattr(
+            model, "forward", lambda off=ignored, **given: forward(**{**given, off: None})
+        )
+        reason = batching.why_not_packed(model, 256, examples)
+        assert reason.startswith("packed losses would differ by 0."), (ignored, reason)
+
+
 def test_packed_gradients_are_those_of_padded_rows():
     target = runs.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     torch.manual_seed(0)
@@ -83,9 +104,7 @@ def test_packed_gradients_are_those_of_padded_rows():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would make the gradients of A zero
             torch.nn.init.normal_(parameter, std=0.02)
-    settings = Dataset(train=str(ROOT / "data/tweets_sentiment.train.jsonl"))
-    table = data.sample(data.read(settings.train, settings), 8, seed=1)
-    examples, _ = data.encode(table, target.renderer, settings, "train")
+    examples = tweets(target, 8)
 
     def gradients(passes):
         model.zero_grad()

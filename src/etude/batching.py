@@ -6,17 +6,21 @@ own ancestors only, and its position is its depth. So nothing differs from the e
 one but the work that is saved.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from etude import ranks
+from etude import device, ranks
 from etude.config import Config
 from etude.conversation import Example
-from etude.errors import first_line
+from etude.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A pass holds at most about this many supervised tokens: each one's logits are as wide as the
 # vocabulary, so 2,048 of Qwen2's are 1.2 GB in float32, and their gradient as much again.
@@ -181,6 +185,7 @@ def token_losses(model: Any, batch: Pass) -> "torch.Tensor":
 CPU_BUDGET = 512
 # The mask of a pass grows with the square of its tokens: 268 MB in float32 at this many.
 GPU_BUDGET = 8192
+PROVEN = 16  # tokens of an example's end on which packing is proven
 
 
 def pass_budget(device: str, rows: int, max_length: int) -> int:
@@ -188,12 +193,12 @@ def pass_budget(device: str, rows: int, max_length: int) -> int:
     return min(rows * max_length, CPU_BUDGET if device == "cpu" else GPU_BUDGET)
 
 
-def order(seed: int, epoch: int, examples: int) -> list[int]:
-    """The order in which an epoch learns from `examples` examples."""
+def steps(seed: int, epoch: int, examples: int, rows: int) -> list[list[int]]:
+    """Which of `examples` examples each step of an epoch learns from, `rows` at a time."""
     import numpy as np
 
-    found: list[int] = np.random.default_rng([seed, epoch]).permutation(examples).tolist()
-    return found
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(examples).tolist()
+    return [order[start : start + rows] for start in range(0, examples, rows)]
 
 
 @dataclass(frozen=True)
@@ -213,12 +218,12 @@ class Cutter:
     dtype: "torch.dtype"
 
     @classmethod
-    def of(cls, model: Any, rows: int, max_length: int) -> "Cutter":
-        """The cutter for `model`, on its device, whose examples have up to `max_length` tokens."""
+    def of(cls, model: Any, rows: int, max_length: int, examples: Sequence[Example]) -> "Cutter":
+        """The cutter for `model`, on its device, whose `examples` have up to `max_length` tokens."""
         return cls(
             rows=rows,
             budget=pass_budget(model.device.type, rows, max_length),
-            why_padded=why_not_packed(model, max_length),
+            why_padded=why_not_packed(model, max_length, examples),
             device=str(model.device),
             dtype=model.dtype,
         )
@@ -242,12 +247,37 @@ class Cutter:
         return (batch.to(self.device, self.dtype) for batch in cut)
 
 
-def why_not_packed(model: Any, max_length: int) -> str | None:
+def fitting(cutter: Cutter, run: Callable[[Cutter], T], where: str = "") -> tuple[T, Cutter]:
+    """What `run` returns with `cutter`, or, where memory runs out, with one of smaller passes; and which.
+
+    Raises:
+        UserError: not even the smallest pass fits; `where` begins the sentence.
+    """
+    while True:
+        try:
+            return run(cutter), cutter
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+        smaller = cutter.smaller()
+        if smaller is None:
+            raise UserError(
+                f"{where}not even one example fits in memory. Lower dataset.max_length or lora.r, set "
+                "training.gradient_checkpointing: true or model.quantization: int8, or take a smaller "
+                "model.name"
+            )
+        cutter = smaller
+        device.free_memory()  # only here: an error holds what its frames hold
+        log.warning("%sout of memory; the passes are halved to %s", where, cutter.size)
+
+
+def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> str | None:
     """None if packed passes give `model`'s own losses, else the reason why they do not.
 
-    Proven on the model itself: four short examples with shared beginnings, packed and one by one.
-    A model whose layers carry state along the row (Mamba) or that ignores a given mask differs
-    by nats; 16-bit rounding differs by hundredths on average.
+    Proven on the model itself: the ends of a few `examples` after one beginning, packed and one
+    by one. A model whose layers carry state along the row (Mamba) or that ignores a given mask
+    differs by about a nat a token, one that counts positions along the row by a tenth, 16-bit
+    rounding by hundredths. On tokens without sense rounding would hide such mistakes.
     """
     import torch
 
@@ -256,26 +286,30 @@ def why_not_packed(model: Any, max_length: int) -> str | None:
     sliding = "sliding" in str(getattr(settings, "layer_types", "sliding"))
     if window and sliding and max_length > window:
         return f"its layers look back {window} tokens, and dataset.max_length is {max_length}"
-    last = settings.vocab_size - 1
-    bodies: tuple[list[int], ...] = ([], [11, 5, 7, 5], [11, 5, 9, 2, 8, 4], [13, 6, 6, 3])
-    sequences = [[min(token, last) for token in [3, 12, 9, 10, 4, *body]] for body in bodies]
-    examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in sequences]
+    first = examples[0].ids
+    beginning = first[-2 * PROVEN : -PROVEN] or first[:1]
+    ends = [one.ids[-PROVEN:] for one in examples[:4]]
+    short = [
+        Example(ids, [False] + [True] * (len(ids) - 1))
+        for ids in (beginning, *(beginning + end for end in ends))
+        if len(ids) > 1
+    ]
+
+    def by_target(passes: Iterator[Pass]) -> torch.Tensor:
+        on_device = [batch.to(str(model.device), model.dtype) for batch in passes]
+        losses = torch.cat([token_losses(model, batch) for batch in on_device])
+        return losses[torch.cat([batch.owner for batch in on_device]).argsort(stable=True)]
+
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            packed, plain = (
-                sum_by_example(
-                    model, (b.to(str(model.device), model.dtype) for b in passes), len(examples)
-                )
-                for passes in (pack(examples, CPU_BUDGET), pad(examples, 1))
-            )
+            packed, plain = by_target(pack(short, CPU_BUDGET)), by_target(pad(short, 1))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"it does not take a mask of its own: {first_line(error)}"
     finally:
         model.train(was_training)
-    tokens = sum(map(len, examples)) / len(examples)
-    deviation = float((packed - plain).abs().max()) / tokens
+    deviation = float((packed - plain).abs().mean())
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if not deviation <= (1e-3 if exact else 0.1):
         return f"packed losses would differ by {deviation:.2g} nats a token"
@@ -325,10 +359,8 @@ def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[
     """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
     training = settings.training
     rows = training.batch_size * training.gradient_accumulation_steps
-    indices = order(training.seed, 0, len(examples))
-    steps = [indices[at : at + rows] for at in range(0, len(indices), rows)][: training.max_steps]
-    chosen = steps[:LOOKED_AT]
-    rest = steps[LOOKED_AT:]
+    every = steps(training.seed, 0, len(examples), rows)[: training.max_steps]
+    chosen, rest = every[:LOOKED_AT], every[LOOKED_AT:]
     rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
     for step in chosen + rest[:8]:
         own = step[ranks.RANK :: ranks.WORLD]

@@ -361,7 +361,7 @@ def sequence_losses(
     import torch
 
     longest = max(map(len, examples))
-    cutter = batching.Cutter.of(model, settings.evaluation.batch_size, longest)
+    cutter = batching.Cutter.of(model, settings.evaluation.batch_size, longest, examples)
 
     def told(advance: Any) -> Iterator[batching.Pass]:
         for batch in cutter(examples):

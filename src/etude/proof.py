@@ -68,7 +68,9 @@ def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> floa
         torch.no_grad(),
         torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16),
     ):
-        cutter = batching.Cutter.of(model, training.batch_size, settings.dataset.max_length)
+        cutter = batching.Cutter.of(
+            model, training.batch_size, settings.dataset.max_length, examples
+        )
         for batch in cutter(examples):
             total += float(batching.token_losses(model, batch).sum())
             count += len(batch.target)

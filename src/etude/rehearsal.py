@@ -1,14 +1,10 @@
 """The largest pass of a training, computed once before it begins: whether memory suffices is seen early."""
 
-import logging
 from typing import Any
 
-from etude import batching, device
+from etude import batching
 from etude.config import Config
 from etude.conversation import Example
-from etude.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def rehearse(
@@ -27,23 +23,10 @@ def rehearse(
     """
     if settings.training.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    while True:
-        try:
-            _rehearse(model, cutter, examples, settings)
-            return cutter
-        except RuntimeError as error:
-            if not device.out_of_memory(error):
-                raise
-        smaller = cutter.smaller()
-        if smaller is None:
-            raise UserError(
-                "not even one example fits in memory. Lower dataset.max_length or lora.r, set "
-                "training.gradient_checkpointing: true or model.quantization: int8, or take a smaller "
-                "model.name"
-            )
-        cutter = smaller
-        device.free_memory()
-        log.warning("out of memory; the passes are halved to %s from the start", cutter.size)
+    _, fits = batching.fitting(
+        cutter, lambda smaller: _rehearse(model, smaller, examples, settings)
+    )
+    return fits
 
 
 def _rehearse(

@@ -13,14 +13,20 @@ from etude.models import SAMPLE
 
 
 def data_table(reports: Sequence[Report]) -> Table:
-    """What became of the rows of every split."""
-    table = Table("split", box=box.SIMPLE)
-    for name in ("rows", "kept", "truncated", "dropped", "tokens", "supervised", "longest"):
-        table.add_column(name, justify="right")
-    for r in reports:
-        dropped = r.rows - r.kept
-        numbers = (r.rows, r.kept, len(r.truncated), dropped, r.tokens, r.supervised, r.longest)
-        table.add_row(r.split, *(f"{number:,}" for number in numbers))
+    """What became of the rows of every split, a column each."""
+    table = Table("", box=box.SIMPLE)
+    for report in reports:
+        table.add_column(report.split, justify="right")
+    for name, numbers in {
+        "rows": [report.rows for report in reports],
+        "kept": [report.kept for report in reports],
+        "truncated": [len(report.truncated) for report in reports],
+        "dropped": [report.rows - report.kept for report in reports],
+        "tokens": [report.tokens for report in reports],
+        "supervised": [report.supervised for report in reports],
+        "longest": [report.longest for report in reports],
+    }.items():
+        table.add_row(name, *(f"{number:,}" for number in numbers))
     return table
 
 

@@ -356,8 +356,9 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
         tables = {"train": train_part} | ({"validation": validation} if validation else {})
     if dataset.validation_split and "validation" not in tables:
         terminal.notice("no validation: there are too few different rows to cut one from train")
-    for name, used in tables.items():
-        if used.unused:
+    # As read: what is cut from train has the columns of all its rows.
+    for name, used in (("train", table), ("validation", others.get("validation"))):
+        if used and used.unused:
             columns = ", ".join(f"{column} ({n:,})" for column, n in used.unused.items())
             terminal.notice(f"{name}: columns that nothing reads: {columns}")
     tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
@@ -603,7 +604,7 @@ def prepare(
     from etude import compiled, int8
 
     training = settings.training
-    cutter = batching.Cutter.of(model, training.batch_size, settings.dataset.max_length)
+    cutter = batching.Cutter.of(model, training.batch_size, settings.dataset.max_length, examples)
     if cutter.why_padded:
         terminal.notice(f"plain padded batches instead of packed ones: {cutter.why_padded}")
     done = ["padded passes" if cutter.why_padded else f"packed passes of {cutter.budget} tokens"]

@@ -7,11 +7,11 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,12 +21,11 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from etude import batching, checkpoints, lora, ranks
 from etude.config import Config
 from etude.conversation import Example
-from etude.device import Device, free_memory, out_of_memory
+from etude.device import Device
 from etude.errors import UserError
 from etude.runs import CHECKPOINTS, METRICS
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -52,9 +51,8 @@ class Order:
         args = self._trainer.args
         # Asked for when an epoch begins, or, on resume, in the middle of one.
         epoch = self._trainer.state.global_step // len(self)
-        order = batching.order(args.seed, epoch, self._examples)
-        for start in range(0, self._examples, self._rows):
-            yield order[start : start + self._rows][args.process_index :: args.world_size]
+        for step in batching.steps(args.seed, epoch, self._examples, self._rows):
+            yield step[args.process_index :: args.world_size]
 
 
 class Stopped(Exception):
@@ -131,7 +129,11 @@ class StepTrainer(Trainer):
         model.train()
         examples: list[Example] = inputs["examples"]
         supervised = self._sum(sum(sum(example.supervised) for example in examples))
-        own = self._in_memory(examples, lambda: self._passes(examples, supervised))
+        own, self._cutter = batching.fitting(
+            self._cutter,
+            lambda cutter: self._passes(cutter(examples), len(examples), supervised),
+            f"step {self.state.global_step + 1}: ",
+        )
         loss = self._sum(own.sum()) / supervised
         self.step_loss = loss.item()
         self.tokens_seen += int(self._sum(sum(map(len, examples))))
@@ -141,12 +143,14 @@ class StepTrainer(Trainer):
         self._watch(own, examples)
         return loss
 
-    def _passes(self, examples: list[Example], supervised: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradients of the step; the summed nll of each example, in nats, [examples]."""
+    def _passes(
+        self, passes: Iterator[batching.Pass], count: int, supervised: torch.Tensor
+    ) -> torch.Tensor:
+        """Accumulate the gradients of the step; the summed nll of each of `count` examples, in nats."""
         model: Any = self.model
         model.zero_grad()  # of an attempt for which memory did not suffice
-        own = torch.zeros(len(examples), device=self.args.device)
-        for batch in self._cutter(examples):
+        own = torch.zeros(count, device=self.args.device)
+        for batch in passes:
             with self.compute_loss_context_manager():
                 losses = batching.token_losses(self.model, batch)
             self.accelerator.backward(losses.sum() / supervised)
@@ -164,33 +168,6 @@ class StepTrainer(Trainer):
 
     def _sum(self, value: Any) -> torch.Tensor:
         return ranks.total(value, self.args.device)
-
-    def _in_memory(self, examples: list[Example], run: Callable[[], T]) -> T:
-        """What `run` returns; where memory runs out the passes are halved, for good, and it runs again."""
-        while True:
-            try:
-                return run()
-            except RuntimeError as error:
-                self._cut_smaller(examples, error)
-            free_memory()  # only here: an error holds what its frames hold
-
-    def _cut_smaller(self, examples: list[Example], error: RuntimeError) -> None:
-        """Halve the passes if `error` says that memory ran out; else raise it again."""
-        if not out_of_memory(error):
-            raise error
-        smaller = self._cutter.smaller()
-        if smaller is None or len(examples) < 2:
-            raise UserError(
-                f"step {self.state.global_step + 1}: not even one example fits in memory. Lower "
-                "dataset.max_length or lora.r, set training.gradient_checkpointing: true or "
-                "model.quantization: int8, or take a smaller model.name"
-            ) from None
-        self._cutter = smaller
-        log.warning(
-            "step %d: out of memory; the passes are halved to %s, and the training goes on",
-            self.state.global_step + 1,
-            smaller.size,
-        )
 
     def _check_gradients(self, examples: list[Example]) -> None:
         """Hold the gradients of the step to what can be learnt from."""
@@ -264,17 +241,19 @@ class StepTrainer(Trainer):
         model.eval()
         share = examples[self.args.process_index :: self.args.world_size]
 
-        def losses() -> tuple[float, int]:
+        def losses(cutter: batching.Cutter) -> tuple[float, int]:
             total, count = 0.0, 0
             # Without gradients it would be another graph to compile, for a few passes.
             eager = torch.compiler.set_stance("force_eager")
             with eager, torch.no_grad(), self.compute_loss_context_manager():
-                for batch in self._cutter(share):
+                for batch in cutter(share):
                     total += float(batching.token_losses(model, batch).sum())
                     count += len(batch.target)
             return total, count
 
-        total, count = self._in_memory(share, losses)
+        (total, count), self._cutter = batching.fitting(
+            self._cutter, losses, f"validation at step {self.state.global_step}: "
+        )
         model.train(was_training)
         # float64: the same sum on every process, and no rounding of what is compared later.
         sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
