@@ -11,6 +11,7 @@ from train import RESULTS
 
 COLOURS = {
     "etude-int8": "#0b6e4f",
+    "etude-bf16": "#257f5c",
     "etude": "#3fa37c",
     "trl": "#8d99ae",
     "trl-bf16": "#6c7a96",

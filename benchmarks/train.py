@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-ENGINES = ("etude", "etude-int8", "trl", "trl-bf16", "transformers", "main")
+ENGINES = ("etude", "etude-bf16", "etude-int8", "trl", "trl-bf16", "transformers", "main")
 MODELS = ("smollm2-135m", "qwen2-1.5b-shape")
 WORKLOADS = {
     "tweets": "data/tweets_sentiment.train.jsonl",
@@ -105,7 +105,7 @@ def joined(conversations: list[Any], renderer: Any, least: int = 400, most: int 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model with a fresh adapter, the same for every engine.
 
-    ``qwen2-1.5b-shape`` has random weights; `dtype` is what it is stored in.
+    ``qwen2-1.5b-shape`` has random weights. `dtype` is the base's format; the adapter's is float32.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -126,7 +126,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
         base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     else:
         base = AutoModelForCausalLM.from_pretrained(
-            models.locate(name), dtype=torch.float32, local_files_only=True
+            models.locate(name), dtype=dtype, local_files_only=True
         )
     base.requires_grad_(False)
     torch.manual_seed(SEED)
@@ -251,7 +251,13 @@ def in_order(trainer_class: Any) -> Any:
     return Ordered
 
 
-def run_etude(steps: list[Any], model_name: str, folder: str, quantization: str = "null") -> Any:
+def run_etude(
+    steps: list[Any],
+    model_name: str,
+    folder: str,
+    dtype: str = "float32",
+    quantization: str = "null",
+) -> Any:
     """Etude's own preparation and Trainer subclass, as `etude train` uses them; compiled."""
     from transformers import TrainingArguments
 
@@ -261,8 +267,10 @@ def run_etude(steps: list[Any], model_name: str, folder: str, quantization: str 
     examples = [
         Example(row["ids"], [label != -100 for label in row["labels"]]) for s in steps for row in s
     ]
+    place = device.choose(dtype, use_cpu=True)
     # As `etude train` does: what becomes int8 is loaded in the format it is stored in.
-    model = load_model(model_name, torch.bfloat16 if quantization == "int8" else torch.float32)
+    stored = quantization == "int8" and model_name != MODELS[0]
+    model = load_model(model_name, torch.bfloat16 if stored else place.torch_dtype)
     settings = config.load(
         None,
         overrides=[
@@ -273,7 +281,6 @@ def run_etude(steps: list[Any], model_name: str, folder: str, quantization: str 
         ],
     )
     clock = Clock(len(steps))
-    place = device.choose("float32", use_cpu=True)
     cutter, _ = train_with_config.prepare(model, settings, place, examples, len(steps))
     loop = in_order(trainer.StepTrainer)(
         cutter=cutter,
@@ -290,9 +297,14 @@ def run_etude(steps: list[Any], model_name: str, folder: str, quantization: str 
     return clock
 
 
+def run_etude_bf16(steps: list[Any], model_name: str, folder: str) -> Any:
+    """The same on a bfloat16 base: fast only on a CPU with instructions for it."""
+    return run_etude(steps, model_name, folder, dtype="bfloat16")
+
+
 def run_etude_int8(steps: list[Any], model_name: str, folder: str) -> Any:
     """The same on an int8 base."""
-    return run_etude(steps, model_name, folder, "int8")
+    return run_etude(steps, model_name, folder, quantization="int8")
 
 
 def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) -> Any:
@@ -335,7 +347,7 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
 
 
 def run_trl_bf16(steps: list[Any], model_name: str, folder: str) -> Any:
-    """The same under bfloat16 autocast: TRL's own default, fast only on a CPU with AMX."""
+    """The same under bfloat16 autocast: TRL's own default, fast only with instructions for it."""
     return run_trl(steps, model_name, folder, bf16=True)
 
 
