@@ -13,6 +13,7 @@ from etude import data
 from etude.batching import (
     SUPERVISED_BUDGET,
     Cutter,
+    fitting,
     pack,
     pad,
     sum_by_example,
@@ -21,6 +22,7 @@ from etude.batching import (
 )
 from etude.config import Dataset
 from etude.conversation import Example
+from etude.errors import UserError
 
 TWEETS = Path(__file__).parent.parent / "data" / "tweets_sentiment.train.jsonl"
 
@@ -215,6 +217,21 @@ def test_a_cutter_packs_where_that_is_proven_and_pads_where_it_is_not(model, mon
     padded = [batch.input_ids.shape for batch in cutter(SHARED)]
     assert padded == [batch.input_ids.shape for batch in pad(SHARED, 3)]
     assert padded != packed
+
+
+def test_a_single_example_that_does_not_fit_is_refused_at_once(model):
+    cutter, tried = Cutter.of(model, 4, 512, SHARED), []
+
+    def run(smaller):
+        tried.append(smaller.budget)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(UserError, match=r"^step 1: not even one example fits in memory"):
+        fitting(cutter, 1, run, "step 1: ")
+    assert tried == [512]
+    with pytest.raises(UserError, match="not even one example"):
+        fitting(cutter, 2, run)
+    assert tried == [512, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
 
 
 def test_a_cutters_masks_have_the_models_format(model):

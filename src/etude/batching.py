@@ -247,8 +247,12 @@ class Cutter:
         return (batch.to(self.device, self.dtype) for batch in cut)
 
 
-def fitting(cutter: Cutter, run: Callable[[Cutter], T], where: str = "") -> tuple[T, Cutter]:
+def fitting(
+    cutter: Cutter, examples: int, run: Callable[[Cutter], T], where: str = ""
+) -> tuple[T, Cutter]:
     """What `run` returns with `cutter`, or, where memory runs out, with one of smaller passes; and which.
+
+    `run` cuts `examples` examples: a single one cannot be cut smaller.
 
     Raises:
         UserError: not even the smallest pass fits; `where` begins the sentence.
@@ -260,7 +264,7 @@ def fitting(cutter: Cutter, run: Callable[[Cutter], T], where: str = "") -> tupl
             if not device.out_of_memory(error):
                 raise
         smaller = cutter.smaller()
-        if smaller is None:
+        if smaller is None or examples < 2:
             raise UserError(
                 f"{where}not even one example fits in memory. Lower dataset.max_length or lora.r, set "
                 "training.gradient_checkpointing: true or model.quantization: int8, or take a smaller "

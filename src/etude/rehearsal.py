@@ -24,7 +24,9 @@ def rehearse(
     if settings.training.gradient_checkpointing:
         model.activation_checkpointing_enable()
     _, fits = batching.fitting(
-        cutter, lambda smaller: _rehearse(model, smaller, examples, settings)
+        cutter,
+        len(examples["train"]),
+        lambda smaller: _rehearse(model, smaller, examples, settings),
     )
     return fits
 

@@ -131,6 +131,7 @@ class StepTrainer(Trainer):
         supervised = self._sum(sum(sum(example.supervised) for example in examples))
         own, self._cutter = batching.fitting(
             self._cutter,
+            len(examples),
             lambda cutter: self._passes(cutter(examples), len(examples), supervised),
             f"step {self.state.global_step + 1}: ",
         )
@@ -252,7 +253,7 @@ class StepTrainer(Trainer):
             return total, count
 
         (total, count), self._cutter = batching.fitting(
-            self._cutter, losses, f"validation at step {self.state.global_step}: "
+            self._cutter, len(share), losses, f"validation at step {self.state.global_step}: "
         )
         model.train(was_training)
         # float64: the same sum on every process, and no rounding of what is compared later.
