@@ -260,7 +260,7 @@ CONTRADICTIONS = {
     "thresholds": (["evaluation.fair_threshold=0.8"], "evaluation.fair_threshold", "0.8 is above good_threshold 0.7"),
     "no-text": (["dataset.instruction='{labels}'"], "dataset.instruction", "lacks {text}"),
     "no-labels": (["dataset.instruction='{text}'"], "dataset.instruction", "lacks {labels}"),
-    "label-twice": (["dataset.labels=[a, b, a]"], "dataset.labels", "a label stands twice"),
+    "label-twice": (["dataset.labels=[a, b, a]"], "dataset.labels", "duplicate label"),
     "labels-format": (
         ["dataset.labels=[a, b]", "dataset.format=text"], "dataset.labels",
         "labels belong to format classification",

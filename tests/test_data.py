@@ -3,14 +3,16 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from etude import data, sources
+from etude import config, data, evaluation, sources
 from etude.config import Dataset
 from etude.conversation import Example, Renderer
 from etude.errors import UserError
@@ -164,6 +166,479 @@ def test_fingerprint_is_the_files_own(write):
     source = write("a.jsonl", '{"text": "a"}\n')
     expected = hashlib.sha256(Path(source).read_bytes()).hexdigest()
     assert data.read(source, Dataset()).fingerprint == expected
+
+
+# --- columns that are nearly right, and those that change what a row means -------------------------
+
+
+@pytest.mark.parametrize(
+    "head", ["text, label", "text,Label", "\ufeff\ufeffText,LABEL ", " text\t,label", "text,label"]
+)
+def test_headers_are_compared_trimmed_and_caseless(write, head):
+    table = data.read(write("x.csv", f"{head}\na,good\n b ,bad\n"), Dataset())
+    assert (table.format, table.labels, table.unused) == ("classification", ["bad", "good"], {})
+    assert [row.text for row in table.rows] == ["a", " b "]
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        ("prompt_completion", {"Prompt": "a", "Completion ": "b"}),
+        ("alpaca", {"INSTRUCTION": "a", "output": "b", "Input": "c"}),
+        ("messages", {"Messages": PAIR}),
+        ("classification", {"Text": "a", "label": "b"}),
+    ],
+)
+def test_names_of_every_format_are_caseless(write, shape, row):
+    other = {**row, "label": "c"} if "label" in row else row
+    assert data.read(write("x.jsonl", [row, other]), Dataset()).format == shape
+
+
+def test_columns_that_become_one_are_refused(write):
+    row = {"text": "a", "Text": "b", "label": "c"}
+    message = refusal(write("x.jsonl", [row]))
+    assert "the columns 'text', 'Text' have one name but for case" in message
+    rows = [row, {**row, "label": "d"}]
+    table = data.read(write("x.jsonl", rows), Dataset(columns={"text": "Text"}))
+    assert [r.text for r in table.rows] == ["b", "b"]
+
+
+NEARLY = [
+    (["text", "labels"], "{label: labels}"),
+    (["text", "sentiment"], "{label: sentiment}"),
+    (["text", "target"], "{label: target}"),
+    (["text", "Class"], "{label: Class}"),
+    (["id", "text", "lable"], "{label: lable}"),
+    (["text", "label_text"], "{label: label_text}"),
+    (["text", "isSpam"], "{label: isSpam}"),
+    (["text", "answer"], "{prompt: text, completion: answer}"),
+    (["text", "output"], "{prompt: text, completion: output}"),
+    (["review", "stars"], "{text: review, label: stars}"),
+    (["question", "answer"], "{prompt: question, completion: answer}"),
+    (["input", "output"], "{prompt: input, completion: output}"),
+    (["Prompt", "response"], "{completion: response}"),
+    (["instruction", "response"], "{output: response}"),
+    (["document", "id"], "{text: document}"),
+]
+
+
+@pytest.mark.parametrize(("names", "mapping"), NEARLY, ids=["-".join(names) for names, _ in NEARLY])
+def test_columns_that_are_nearly_right_get_a_proposal_that_works(write, names, mapping):
+    rows = [dict.fromkeys(names, word) for word in ("one", "two")]
+    source = write("x.jsonl", rows)
+    message = refusal(source)
+    assert f"dataset.columns: {mapping}" in message
+    proposed = config.load(None, overrides=[f"dataset.columns={mapping}"]).dataset
+    assert set(yaml.safe_load(mapping)) <= set(data.FORMATS[data.read(source, proposed).format])
+    if "text" in names:  # who asks for raw text gets it
+        assert "dataset.format: text" in message
+        assert data.read(source, Dataset(format="text")).format == "text"
+
+
+@pytest.mark.parametrize(
+    "names", [["id", "url"], ["source", "date", "title"], ["language", "meta"]]
+)
+def test_raw_text_beside_what_is_no_answer_stays_raw_text(write, names):
+    rows = [{"text": "Once upon a time", **dict.fromkeys(names, "x"), "label_id": None}]
+    table = data.read(write("x.jsonl", rows), Dataset())
+    assert table.format == "text" and list(table.unused) == names
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"dialogue": PAIR, "id": 1}, "{messages: dialogue}"),
+        ({"chat": SHAPES["sharegpt"][0]["conversations"]}, "{conversations: chat}"),
+        ({"conversations": PAIR}, "{messages: conversations}"),
+        ({"messages": SHAPES["sharegpt"][0]["conversations"]}, "{conversations: messages}"),
+    ],
+)
+def test_turns_in_another_column_or_style_get_the_mapping(write, row, mapping):
+    source = write("x.jsonl", [row])
+    assert f"dataset.columns: {mapping}" in refusal(source)
+    options = config.load(None, overrides=[f"dataset.columns={mapping}"]).dataset
+    assert data.read(source, options).rows[0].messages[-2:] == PAIR
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(
+    label=st.sampled_from(["label", "labels", "Sentiment", " target", "category", "answer", "OUTPUT", "user_label"]),
+    others=st.lists(st.text(st.characters(codec="utf-8"), max_size=8), max_size=4),
+    value=st.text("ab", min_size=1),
+)  # fmt: skip
+def test_no_file_with_a_label_or_an_answer_becomes_raw_text(write, label, others, value):
+    row = {"text": "t", **dict.fromkeys(others, "x"), label: value}
+    source = write("x.jsonl", [row, {**row, label: f"{value}2"}])
+    try:
+        assert data.read(source, Dataset()).format != "text"
+    except UserError as error:
+        assert source in str(error)
+
+
+MEANS = {
+    "tools": ({"messages": PAIR, "tools": [{"name": "f"}]}, "'tools' is filled: calls of tools"),
+    "functions": ({"prompt": "a", "completion": "b", "Functions": "f()"}, "'Functions' is filled: calls"),
+    "tool-calls": (
+        {"messages": [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+        "messages, turn 2: 'tool_calls' is filled: calls of tools",
+    ),
+    "tool-role": (
+        {"messages": [PAIR[0], {"role": "tool", "content": "4"}, PAIR[1]]},
+        "turn 2: role 'tool' is not one of system, user, assistant; calls of tools",
+    ),
+    "reasoning": (
+        {"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]},
+        "turn 2: 'reasoning_content' is filled: reasoning beside the answer",
+    ),
+    "thinking": ({"prompt": "a", "completion": "b", "thinking": "c"}, "'thinking' is filled: reasoning"),
+    "history": (
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        "'history' is filled: earlier turns are read only as messages",
+    ),
+    "context": (
+        {"instruction": "a", "output": "b", "context": "c"},
+        "the prompt would lack it; join it to the prompt (in format alpaca: dataset.columns: {input:",
+    ),
+    "documents": ({"prompt": "a", "completion": "b", "documents": ["c"]}, "'documents' is filled: the answer"),
+    "images": ({"messages": PAIR, "images": ["a.png"]}, "'images' is filled: only text"),
+    "rejected": ({"prompt": "a", "completion": "b", "rejected": "c"}, "'rejected' is filled: preferences"),
+    "verdict": ({"prompt": "a", "completion": "b", "label": False}, "'label' is filled: a verdict on the answer"),
+    "score": ({"instruction": "a", "output": "b", "Score": 0}, "'Score' is filled: a verdict"),
+    "correct": ({"messages": PAIR, "is_correct": 1}, "'is_correct' is filled: a verdict"),
+    "system-prompt": ({"messages": PAIR, "system_prompt": "x"}, "dataset.columns: {system: its name}"),
+    "instruction": ({"prompt": "a", "completion": "b", "input": "x"}, "'input' is filled: the answer rests"),
+    "half": (
+        {"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]},
+        "turn 2, weight 0.5 is neither 0 (false) nor 1 (true)",
+    ),
+    "row-weight": ({"prompt": "a", "completion": "b", "weight": "0.5"}, "weight '0.5' is neither 0"),
+    "contradiction": (
+        {"messages": [PAIR[0], {**PAIR[1], "weight": 1, "train": False}]},
+        "turn 2, weight and train contradict each other",
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, PAIR[1]]},
+        "turn 1, content has 2 parts (text, image_url), and only text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "phrase"), MEANS.values(), ids=MEANS)
+def test_what_changes_a_rows_meaning_is_refused_by_name(write, row, phrase):
+    plain = {"prompt": "q", "completion": "c"} if "messages" not in row else {"messages": PAIR}
+    plain = {"instruction": "q", "output": "c"} if "instruction" in row else plain
+    message = refusal(write("x.jsonl", [plain, row]))
+    assert f"x.jsonl:2: {phrase}" in message or (phrase in message and "x.jsonl:2: " in message)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", [], {}, "[]"])
+def test_a_key_that_is_empty_is_not_worth_a_word(write, value):
+    turn = {**PAIR[1], "tool_calls": value, "weight": value}
+    row = {"messages": [PAIR[0], turn], "tools": value, "context": value, "label": value}
+    table = data.read(write("x.jsonl", [row]), Dataset())
+    assert table.rows[0].messages == PAIR and not table.rows[0].untrained
+    assert (table.unused, table.notices, table.dropped) == ({}, [], {})
+
+
+def test_a_column_is_left_out_on_purpose(write):
+    turns = [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]
+    source = write("x.jsonl", [{"messages": turns, "Score": 3}])
+    table = data.read(source, Dataset(ignore=["score", "reasoning_content"]))
+    assert table.rows[0].messages == PAIR and table.unused == {}
+    assert "'Score' is filled" in refusal(source, ignore=["reasoning_content"])
+    chosen = write("y.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert data.read(chosen, Dataset(columns={"completion": "chosen"})).unused == {"rejected": 1}
+
+
+def test_one_part_of_text_is_read(write):
+    turns = [{"role": "user", "content": [{"type": "text", "text": ASKED}]}, PAIR[1]]
+    assert data.read(write("x.jsonl", [{"messages": turns}]), Dataset()).rows[0].messages == PAIR
+
+
+TALK = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "A first answer, not to be learnt."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "A second one."},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "A third."},
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "learnt"),
+    [
+        ({1: {"weight": 0}}, [3, 5]),
+        ({1: {"weight": 0}, 3: {"weight": 1.0}, 5: {"weight": 0}}, [3]),
+        ({1: {"train": False}, 3: {"train": True}}, [3, 5]),
+        ({1: {"training": False}, 5: {"Loss": False}}, [3]),
+        ({1: {"weight": 1}, 0: {"weight": 0}}, [1, 3, 5]),
+        ({}, [1, 3, 5]),
+    ],
+)
+@pytest.mark.parametrize("shape", ["messages", "sharegpt"])
+def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, shape, flags, learnt):
+    turns = [{**turn, **flags.get(at, {})} for at, turn in enumerate(TALK)]
+    if shape == "sharegpt":
+        turns = [
+            {"from": FROM[turn.pop("role")], "value": turn.pop("content"), **turn} for turn in turns
+        ]
+    row = {"messages" if shape == "messages" else "conversations": turns}
+    table = data.read(write("x.jsonl", [row]), Dataset())
+
+    [example], report = encode(table, renderer)
+
+    whole = renderer.render(TALK)
+    assert example.ids == whole.ids and table.unused == {}
+    ends = [f"{TALK[at]['content']}<|im_end|>" for at in learnt]
+    assert [text for text, counts in data.spans(example, sample_tokenizer) if counts] == ends
+    lengths = [len(sample_tokenizer(TALK[at]["content"]).input_ids) + 1 for at in learnt]
+    assert sum(example.supervised) == report.supervised == sum(lengths)
+
+
+def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tokenizer):
+    renderer = Renderer(sample_tokenizer, system_prompt="Be brief.")
+    turns = [*TALK[:1], {**TALK[1], "weight": 0}, *TALK[2:4]]
+    [example], _ = encode(data.read(write("x.jsonl", [{"messages": turns}]), Dataset()), renderer)
+    shown = [text for text, counts in data.spans(example, sample_tokenizer) if counts]
+    assert shown == ["A second one.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
+@pytest.mark.parametrize(("flag", "no", "yes"), [("weight", 0, 1), ("train", False, True)])
+def test_a_whole_row_is_left_out_by_its_weight(write, renderer, name, flag, no, yes):
+    rows = [{**row, flag: no if row["completion"] == "b" else yes} for row in pairs("a", "b", "c")]
+    table = data.read(write(name, rows), Dataset())
+    examples, report = encode(table, renderer)
+    assert len(examples) == 2 and table.unused == {}
+    [(reason, lines)] = report.dropped.items()
+    assert "no answer to train on" in reason and lines == [3 if name == "x.csv" else 2]
+    everything = write("y.jsonl", [{**row, flag: no} for row in rows])
+    assert "every row says that it is not to be trained on" in refusal(everything)
+
+
+def test_a_weight_that_trains_no_answer_is_reported(write):
+    turns = [{**PAIR[0], "train": True}, {**PAIR[1], "train": True}]
+    table = data.read(write("x.jsonl", [{"messages": turns}]), Dataset())
+    assert table.unused == {"train of a turn that is no answer": 1}
+
+
+# --- labels ----------------------------------------------------------------------------------------
+
+
+def labelled(*labels):
+    return [{"text": f" t{n} ", "label": label} for n, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "labels", "notices"),
+    [
+        (["bad", "bad ", "good", "\tbad"], ["bad", "good"], [
+            "labels: 'bad ' read as 'bad' in 1 row, first line 2",
+            "labels: '\\tbad' read as 'bad' in 1 row, first line 4",
+        ]),
+        (["caf\u00e9", "cafe\u0301", "tea", "cafe\u0301"], ["caf\u00e9", "tea"], [
+            "labels: 'cafe\u0301' read as 'caf\u00e9' in 2 rows, first line 2",
+        ]),
+        (["very  bad", "very\u00a0bad", "very bad", "good"], ["good", "very bad"], [
+            "labels: 'very  bad' read as 'very bad' in 1 row, first line 1",
+            "labels: 'very\\xa0bad' read as 'very bad' in 1 row, first line 2",
+        ]),
+        (["Bad", "bad", "bad", "good"], ["Bad", "bad", "good"], [
+            "labels: 'Bad' (1) and 'bad' (2) differ in case only, and are kept apart",
+        ]),
+        (["bad", "good", "not bad"], ["bad", "good", "not bad"], []),
+    ],
+)  # fmt: skip
+def test_labels_are_normalised_and_what_was_joined_is_reported(write, raw, labels, notices):
+    table = data.read(write("x.jsonl", labelled(*raw)), Dataset())
+    assert (table.labels, table.notices) == (labels, notices)
+    assert [row.text for row in table.rows] == [f" t{n} " for n in range(len(raw))]
+
+
+def test_labels_of_the_configuration_are_normalised_the_same_way(write):
+    options = config.load(None, overrides=["dataset.labels=['good ', 'cafe\u0301']"]).dataset
+    assert options.labels == ["good", "caf\u00e9"]
+    table = data.read(write("x.jsonl", labelled("good", " caf\u00e9")), options)
+    assert [row.label for row in table.rows] == ["good", "caf\u00e9"]
+    for given_labels in ("[bad, 'bad ']", "['é', 'e\u0301']"):
+        with pytest.raises(UserError, match="duplicate label"):
+            config.load(None, overrides=[f"dataset.labels={given_labels}"])
+    with pytest.raises(UserError, match="a label is empty"):
+        config.load(None, overrides=["dataset.labels=[a, ' ']"])
+    message = refusal(write("y.jsonl", labelled("good", "Bad")), labels=["good", "bad"])
+    assert "y.jsonl:2: label 'Bad' is not one of good, bad; 'bad' differs in case only" in message
+
+
+@given(st.text())
+def test_normalisation_is_idempotent(label):
+    once = config.normal_label(label)
+    assert config.normal_label(once) == once == once.strip()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    raw=st.lists(st.text("aAeé \u0301\u00a0\ufb01", min_size=1, max_size=4), min_size=2, max_size=6)
+)
+def test_no_two_classes_render_the_same(write, sample_tokenizer, raw):
+    trims = sample_tokenizer.chat_template.replace(
+        "message['content']", "message['content'] | trim"
+    )
+    assert trims != sample_tokenizer.chat_template
+    renderer = Renderer(sample_tokenizer, trims)
+    try:
+        table = data.read(write("x.jsonl", labelled(*raw)), Dataset())
+    except UserError as error:
+        assert "label" in str(error)
+        return
+    data.check_labels(renderer, table.labels)
+    rendered = {
+        renderer.written([TALK[0], {"role": "assistant", "content": label}])
+        for label in table.labels
+    }
+    assert len(rendered) == len(table.labels)
+
+
+@pytest.mark.parametrize("where", ["encode", "evaluate"])
+def test_labels_that_render_the_same_are_refused(write, sample_tokenizer, where):
+    joins = sample_tokenizer.chat_template.replace(
+        "message['content']", "message['content'] | replace('_', ' ')"
+    )
+    renderer = Renderer(sample_tokenizer, joins)
+    table = data.read(write("x.jsonl", labelled("very_bad", "very bad", "good")), Dataset())
+    prompts = [[{"role": "user", "content": "x"}]]
+    with pytest.raises(UserError, match="'very bad' and 'very_bad' are one to the model"):
+        if where == "encode":
+            encode(table, renderer)
+        else:
+            evaluation.label_log_likelihoods(None, renderer, prompts, table.labels, None, "x")
+    encode(table, Renderer(sample_tokenizer))  # its own template tells them apart
+
+
+def test_classes_give_their_names(write):
+    import datasets
+
+    names = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, -1]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet("classes.parquet")
+    assert "classes.parquet:3: no 'label'" in refusal("classes.parquet")
+    table = data.read("classes.parquet", Dataset(on_bad_row="skip"))
+    assert [row.label for row in table.rows] == ["neg", "pos"] == table.labels
+    plain = write("plain.parquet", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    assert data.read(plain, Dataset()).labels == ["0", "1"]
+    broken = dict(made.to_list()[0], **{"label": 0})
+    import pyarrow
+    import pyarrow.parquet
+
+    for metadata in (b"{", b"[]", b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}'):
+        arrow = pyarrow.Table.from_pylist([broken, {"text": "b", "label": 1}])
+        arrow = arrow.replace_schema_metadata({b"huggingface": metadata})
+        pyarrow.parquet.write_table(arrow, "odd.parquet")
+        assert data.read("odd.parquet", Dataset()).labels == ["0", "1"]
+
+
+def test_classes_of_a_hub_data_set_give_their_names(monkeypatch):
+    import datasets
+
+    names = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    table = data.read("owner/name", Dataset())
+    assert [row.label for row in table.rows] == ["pos", "neg"]
+
+
+def test_whole_numbers_with_a_gap_stay_whole(write):
+    # As pandas writes them, where one is missing.
+    source = write("x.parquet", [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}])
+    assert data.read(source, Dataset()).labels == ["0", "1"]
+    source = write("x.parquet", [{"text": "a", "label": 1.0}, {"text": "b", "label": math.nan}])
+    assert "x.parquet:2: no 'label'" in refusal(source)
+
+
+# --- bad rows --------------------------------------------------------------------------------------
+
+FLAWED = {
+    "prompt_completion": (
+        [{"prompt": "a", "completion": "b"}], {"prompt": "a", "completion": " "}, "completion is empty",
+    ),
+    "messages": ([{"messages": PAIR}], {"messages": PAIR[:1]}, "the last turn must be the assistant's"),
+    "alpaca": ([{"instruction": "a", "output": "b"}], {"instruction": "a", "output": None}, "no 'output'"),
+    "classification": (labelled("a", "b"), {"text": "c", "label": ""}, "label is empty"),
+    "tools": ([{"messages": PAIR}], {"messages": PAIR, "tools": ["f"]}, "'tools' is filled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("good", "bad", "fault"), FLAWED.values(), ids=FLAWED)
+def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fault):
+    source = write("x.jsonl", [*good, bad, *good])
+    line = len(good) + 1
+    message = refusal(source)
+    assert f"x.jsonl:{line}: " in message and fault in message
+    assert "dataset.on_bad_row: skip" in message
+
+    table = data.read(source, Dataset(on_bad_row="skip"))
+    examples, report = encode(table, renderer)
+
+    assert len(examples) == len(table.rows) == report.kept == report.rows - 1 == 2 * len(good)
+    [(reason, lines)] = report.dropped.items()
+    assert reason.startswith("skipped: ") and fault in reason and lines == [line]
+    assert report.notices()[0].startswith(f"train: 1 of {report.rows} rows dropped (skipped: ")
+    everything = write("y.jsonl", [bad, bad])
+    with pytest.raises(UserError, match=r"y\.jsonl:2: "):
+        data.read(everything, Dataset(on_bad_row="skip", format=table.format))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": " "}, *PAIR]},
+        {"messages": [{"role": "system", "content": None}, *PAIR], "system": ""},
+        {"conversations": [{"from": "system", "value": ""}, *SHAPES["sharegpt"][0]["conversations"][1:]]},
+        {"instruction": ASKED, "input": " \n", "output": TOLD, "system": " "},
+        {"instruction": ASKED, "input": None, "output": TOLD},
+    ],
+)  # fmt: skip
+def test_an_empty_system_turn_and_a_blank_input_are_absent(write, row):
+    table = data.read(write("x.jsonl", [row]), Dataset())
+    assert table.rows[0].messages == PAIR and table.dropped == {}
+
+
+def test_two_system_prompts_are_one_too_many(write):
+    message = refusal(write("x.jsonl", [{"system": "Be long.", "messages": MORE}]))
+    assert "turn 1: a second system prompt, beside the column system" in message
+
+
+def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
+    rows = [*pairs(*"abcdefghij"), *({"prompt": n, "completion": "x"} for n in range(25))]
+    table = data.read(write("x.jsonl", rows), Dataset(on_bad_row="skip"))
+    train, validation = data.split_rows(table, 0.3, seed=1)
+    _, report = encode(train, renderer)
+    assert report.rows - report.kept == 25 and validation.dropped == {}
+    assert len(report.notices()) == data.LINES_SHOWN + 1
+    assert report.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
+
+
+def test_an_evaluation_skips_and_says_so(write, capsys):
+    test = write("x.jsonl", [*pairs("a", "b"), {"prompt": "c", "completion": ""}])
+    options = config.load(None, overrides=[f"dataset.test={test}"])
+    with pytest.raises(UserError, match=r"x\.jsonl:3: completion is empty"):
+        evaluation.read_table(options, None)
+    options = config.load(None, overrides=[f"dataset.test={test}", "dataset.on_bad_row=skip"])
+    table = evaluation.read_table(options, None)
+    assert [row.line for row in table.rows] == [1, 2]
+    assert table.dropped == {"skipped: completion is empty": [3]}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "test: 1 of 3 rows dropped (skipped: completion is empty): line 3" in said
+
+
+def test_an_evaluation_measures_the_last_answer_that_counts(write):
+    turns = [*TALK[:4], TALK[4], {**TALK[5], "weight": 0}]
+    test = write("x.jsonl", [{"messages": turns}, {"messages": TALK}])
+    table = evaluation.read_table(config.load(None, overrides=[f"dataset.test={test}"]), None)
+    assert [row.messages for row in table.rows] == [TALK[:4], TALK]
 
 
 # --- broken files --------------------------------------------------------------------------------
@@ -475,11 +950,14 @@ def test_few_rows_still_get_a_validation_of_one(table):
         assert len(train.rows) + len(validation.rows) == 3
 
 
-def test_what_nothing_reads_is_counted(write):
-    turn = {"role": "assistant", "content": "b", "weight": 0}
-    rows = [{"messages": [{"role": "user", "content": "a"}, turn], "id": n} for n in range(3)]
+def test_what_is_unused_is_counted_where_it_is_filled(write):
+    turn = {"role": "assistant", "content": "b", "name": "Bo", "refusal": None}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, turn], "id": n, "tools": None, "note": ""}
+        for n in range(3)
+    ]
     file = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert data.read(file, Dataset()).unused == {"id": 3, "weight of a turn": 3}
+    assert data.read(file, Dataset()).unused == {"id": 3, "name of a turn": 3}
 
 
 def test_the_format_is_that_of_all_rows_not_of_the_first(write):
@@ -495,6 +973,8 @@ def test_the_format_is_that_of_all_rows_not_of_the_first(write):
     [
         {"system": "Be brief.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"system": "Be brief.", "instruction": "a", "output": "b"},
+        {"system": "Be brief.", "prompt": "a", "completion": "b"},
+        {"system": "Be brief.", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ],
 )  # fmt: skip
 def test_a_system_prompt_in_a_column_of_its_own_is_kept(write, row):

@@ -31,6 +31,8 @@ def place(tmp_path_factory):
     ]
     for name, part in (("train", rows), ("other", rows[:7]), ("third", rows[3:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    flawed = [*rows, {"text": " ", "label": "a"}]
+    (folder / "flawed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flawed))
     (folder / "template.jinja").write_text(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
@@ -88,6 +90,12 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
             split: data.encode(table, renderer, config.dataset, split)[0]
             for split, table in train_with_config.read_tables(config).items()
         }
+
+    def kept(config):
+        try:
+            return {split: len(part) for split, part in tables(config).items()}
+        except UserError as error:
+            return str(error)
 
     def arguments(config):
         validated = bool(config.dataset.validation)
@@ -219,6 +227,8 @@ PROBES = {
     "dataset.validation_split": ("tables", "0.5", ["dataset.validation=null"]),
     "dataset.format": ("tables", "text", []),
     "dataset.columns": ("tables", "{{text: note}}", []),
+    "dataset.ignore": ("tables", "[label]", []),
+    "dataset.on_bad_row": ("kept", "skip", ["dataset.train={0}/flawed.jsonl"]),
     "dataset.labels": ("tables", "[a, b, c]", []),
     "dataset.instruction": ("tables", '"{{labels}}? {{text}}"', []),
     "dataset.system_prompt": ("tables", "Be brief.", []),
@@ -272,6 +282,7 @@ def test_every_key_has_a_probe():
 def test_the_key_changes_behaviour(key, observe, place):
     watcher, changed, both = PROBES[key]
     look = getattr(observe, watcher)
+    both = [setting.format(place) for setting in both]
     before = look(observe.settings(*both))
     again = look(observe.settings(*both))
     after = look(observe.settings(*both, f"{key}={changed.format(place)}"))

@@ -15,7 +15,7 @@ LAYERS = [
     ["foreign", "ranks"],
     ["strict_yaml", "sources"],
     ["config"],
-    ["device", "conversation"],
+    ["device", "conversation", "columns"],
     ["models", "lora", "data", "cross_entropy"],
     ["batching", "generation", "quality", "metrics"],
     ["runs", "dialogue", "report", "checkpoints", "terminal", "int8", "compiled", "counting"],

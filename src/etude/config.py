@@ -1,11 +1,12 @@
 """The typed schema of config.yml: the one home of every default, and a strict loader for it."""
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from etude.errors import UserError, nearest
 from etude.strict_yaml import KeyPath, Layer, parse_yaml, read_yaml, scalar
@@ -13,6 +14,14 @@ from etude.strict_yaml import KeyPath, Layer, parse_yaml, read_yaml, scalar
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def normal_label(label: str) -> str:
+    """A label as labels are compared: composed (NFC), single spaces, none around it."""
+    return " ".join(unicodedata.normalize("NFC", label).split())
+
+
+Label = Annotated[str, AfterValidator(normal_label)]
 
 
 class Section(BaseModel):
@@ -103,7 +112,15 @@ class Dataset(Section):
     columns: dict[str, str] = Field(
         {}, description="the data's own column names, e.g. {text: review, label: stars}"
     )
-    labels: list[str] | None = Field(
+    ignore: list[str] = Field(
+        [],
+        description="columns, and keys of turns, to leave out although they matter, e.g. [score]",
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop | skip: what happens at rows that cannot be used; skipped ones are counted",
+    )
+    labels: list[Label] | None = Field(
         None, min_length=2, description="classification: the labels; null collects them from train"
     )
     instruction: str = Field(
@@ -367,7 +384,12 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
                 f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}",
             )
     if dataset.labels and len(set(dataset.labels)) < len(dataset.labels):
-        yield ["dataset.labels"], f"a label stands twice in {dataset.labels}"
+        yield (
+            ["dataset.labels"],
+            f"duplicate label in {dataset.labels} (white space and accents are normalised)",
+        )
+    if dataset.labels and "" in dataset.labels:
+        yield ["dataset.labels"], "a label is empty; name every class"
     if dataset.labels and dataset.format not in ("auto", "classification"):
         yield (
             ["dataset.labels", "dataset.format"],

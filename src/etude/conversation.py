@@ -16,7 +16,7 @@ there the model starts to write and no token may straddle the two.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypedDict
@@ -25,6 +25,7 @@ from etude import bounded
 from etude.errors import UserError, first_line
 
 ROLES = ("system", "user", "assistant")
+UNTRAINED = -1  # in place of where an answer's content ends
 OUTPUT_LIMIT = 10**6  # characters that a template may write beside the messages
 
 
@@ -127,12 +128,15 @@ class Renderer:
         last = max(index for index, counts in enumerate(example.supervised) if counts)
         self.end_of_turn = example.ids[last]
 
-    def render(self, messages: Sequence[Message]) -> Example:
+    def render(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> Example:
         """Turn a conversation into ids, with every assistant turn and its end token supervised.
+
+        The answers whose index is in `untrained` are not supervised; the ids stay the same.
 
         Raises:
             RenderError: unknown role, or a template that refuses, alters or drops a message.
         """
+        added = len(self._with_system(messages)) - len(messages)
         messages = self._with_system(messages)
         text = self._apply(messages)
         spans = self._content_spans(messages, text)
@@ -146,7 +150,8 @@ class Renderer:
                         "in another way "
                         "than it does in a chat"
                     )
-                starts[len(prompt)] = spans[index][1]
+                counts = index - added not in untrained
+                starts[len(prompt)] = spans[index][1] if counts else UNTRAINED
         return self._encode(text, spans, starts)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -164,6 +169,10 @@ class Renderer:
             if message["role"] == "assistant"
         }
         return self._encode(text, spans, starts).ids
+
+    def written(self, messages: Sequence[Message]) -> str:
+        """What the template makes of a conversation, as text."""
+        return self._apply(self._with_system(messages))
 
     def text(self, text: str) -> Example:
         """Plain text without a template, all supervised; the tokenizer's end token ends it."""
@@ -345,7 +354,7 @@ class Renderer:
                 if answering and begin >= content_end:
                     answering = False
             elif begin in starts:
-                content_end, answering = starts[begin], True
+                content_end, answering = starts[begin], starts[begin] != UNTRAINED
             position = end
         if answering:
             raise RenderError(

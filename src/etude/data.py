@@ -1,33 +1,21 @@
 """Files in, examples out, and a report in which every row's fate is told by line number."""
 
+import contextlib
 import json
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from etude import sources
-from etude.config import Dataset
+from etude import columns, sources
+from etude.columns import FORMATS, filled
+from etude.config import Dataset, normal_label
 from etude.conversation import Example, Message, Renderer, RenderError
-from etude.errors import UserError, nearest
+from etude.errors import UserError
 
-# What each format is recognised by, the most telling first: the columns that a row must have.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "classification": ("text", "label"),
-    "text": ("text",),
-}
-OPTIONAL = {
-    "sharegpt": ("system",),
-    "alpaca": ("input", "system"),
-    "prompt_completion": ("quality",),
-}
-TURN_KEYS = {"messages": {"role", "content"}, "sharegpt": {"from", "value"}}
+TURN_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -35,6 +23,7 @@ SHAREGPT_ROLES = {
     "user": "user",
     "assistant": "assistant",
 }
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "function_response")
 LINES_SHOWN = 10
 TEXT_LIMIT = (
     10**6
@@ -51,6 +40,7 @@ class Row:
         text: raw text, or the text to classify.
         label: the class, in classification sets.
         quality: a given judgement of the completion (good, fair, poor), where the data carries one.
+        untrained: the answers, by their index in `messages`, that are not trained on (weight 0).
     """
 
     line: int
@@ -58,11 +48,19 @@ class Row:
     text: str = ""
     label: str | None = None
     quality: str | None = None
+    untrained: frozenset[int] = frozenset()
 
     @property
     def key(self) -> str:
         """What makes two rows the same row."""
         return json.dumps([self.messages, self.text])
+
+    @property
+    def answer(self) -> int:
+        """The index of the last answer that is trained on; -1 in raw text."""
+        turns = range(len(self.messages) - 1, -1, -1)
+        answers = (at for at in turns if self.messages[at]["role"] == "assistant")
+        return next((at for at in answers if at not in self.untrained), -1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,9 @@ class Table:
 
     Attributes:
         fingerprint: SHA-256 of the file.
-        unused: columns that nothing reads, and in how many rows (or turns) they stand.
+        unused: columns without a use, and in how many rows (or turns) they are filled.
+        dropped: rows that are in the source and not in `rows`: the lines by the reason.
+        notices: sentences about what was read in another spelling.
     """
 
     source: str
@@ -80,6 +80,12 @@ class Table:
     fingerprint: str
     labels: list[str] | None = None
     unused: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def drops(self, split: str) -> list[str]:
+        """Sentences about the rows that were dropped in reading."""
+        return _fates(split, self.dropped, len(self.rows) + sum(map(len, self.dropped.values())))
 
 
 @dataclass
@@ -105,83 +111,93 @@ class Report:
 
     def notices(self) -> list[str]:
         """Sentences about rows changed, dropped or standing twice; empty when all is well."""
-        found = [(f"dropped ({reason})", lines) for reason, lines in self.dropped.items()]
-        found += [
-            ("truncated, end token kept", self.truncated),
-            ("the same as an earlier row", self.duplicates),
-        ]
-        return [
+        return _fates(self.split, self.dropped, self.rows) + [
             f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}"
-            for what, lines in found
+            for what, lines in (
+                ("truncated, end token kept", self.truncated),
+                ("the same as an earlier row", self.duplicates),
+            )
             if lines
         ]
+
+
+def _fates(split: str, dropped: Mapping[str, Sequence[int]], rows: int) -> list[str]:
+    """Sentences about dropped rows, at most a screen of them."""
+    found = [
+        f"{split}: {len(lines)} of {rows} rows dropped ({reason}): {_lines(lines)}"
+        for reason, lines in dropped.items()
+    ]
+    more = sum(map(len, list(dropped.values())[LINES_SHOWN:]))
+    rest = [f"{split}: ... and {more} more of {rows} rows dropped for other reasons"] * bool(more)
+    return found[:LINES_SHOWN] + rest
 
 
 def read(source: str, settings: Dataset) -> Table:
     """Read a file or a Hub data set and bring every row into the common form.
 
     Raises:
-        UserError: no such source, rows that cannot be read or lack fields (all of them, by line).
+        UserError: no such source, columns of no known format, or rows that cannot be used (all of
+            them, by line), unless `dataset.on_bad_row` is skip and others are left.
     """
     raw, fingerprint = sources.read(source)
-    columns = settings.columns
-    present = {name for _, values in raw for name in values}
-    first = present | {field for field, own in columns.items() if own in present}
-    form = _detect(first, settings, source, raw[0])
-    needed = FORMATS[form]
-    known = needed + OPTIONAL.get(form, ())
-    stray = [name for name in columns if name not in known]
-    if stray:
-        guess = nearest(stray[0], [name for names in FORMATS.values() for name in names])
-        raise UserError(
-            f"dataset.columns: {', '.join(stray)}: no field of format {form}, which has "
-            f"{', '.join(known)}" + (f"; did you mean {guess}?" if guess else "")
-        )
-    absent = [name for name in needed if columns.get(name, name) not in present]
-    if absent:
-        names = ", ".join(f"{columns.get(name, name)} (for {name})" for name in absent)
-        raise UserError(
-            f"{source}: no row has a column {names}; its columns are {', '.join(map(str, raw[0][1]))}. "
-            f"The format is {form}: see dataset.format, and map your names with dataset.columns"
-        )
+    if settings.ignore:
+        raw = [(line, columns.without(values, settings.ignore)) for line, values in raw]
+    found = columns.assign(source, raw, settings)
+    form = found.format
     rows: list[Row] = []
-    faults: list[str] = []
+    faults: dict[int, str] = {}
+    dropped: defaultdict[str, list[int]] = defaultdict(list)
+    unused: Counter[str] = Counter()
+    spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for line, values in raw:
-        fields = {name: values.get(columns.get(name, name)) for name in known}
-        missing = [columns.get(name, name) for name in needed if fields[name] is None]
         try:
+            _refuse_meaning(found, values)
+            fields = {name: values.get(column) for name, column in found.own.items()}
+            missing = [
+                settings.columns.get(name, name)
+                for name in FORMATS[form]
+                if fields[name] is None or fields[name] != fields[name]
+            ]
             if missing:
                 raise ValueError(
                     f"no {' and no '.join(map(repr, missing))}; it has: "
                     f"{', '.join(map(str, values)) or 'nothing'}"
                 )
-            rows.append(_CONVERT[form](line, fields))
+            flags = {name: values.get(column) for column, name in found.flags.items()}
+            keep = columns.trained(flags, columns.ROW_FLAGS)
+            row = _CONVERT[form](line, fields)
+            if row.label is not None:
+                _check_label(row.label, settings.labels)
+                if row.label != str(fields["label"]):
+                    spelled[str(fields["label"]), row.label].append(line)
         except ValueError as error:
-            faults.append(f"{source}:{line}: {error}")
-    sources.raise_faults(faults, f"the format is {form}; see dataset.format and dataset.columns")
-    labels = None
-    if form == "classification":
-        labels = settings.labels or sorted({row.label for row in rows if row.label})
-        strange = [row for row in rows if row.label not in labels]
+            faults[line] = str(error)
+            continue
+        if not keep or (row.messages and row.answer < 0):
+            dropped["weight 0 or train false: no answer to train on"].append(line)
+            continue
+        rows.append(row)
+        unused.update(name for name in found.unused if filled(values.get(name)))
+        if form in TURN_KEYS:
+            unused.update(_unused_keys(values[found.own[FORMATS[form][0]]], *TURN_KEYS[form]))
+    if settings.on_bad_row == "stop" or not rows:
         sources.raise_faults(
-            [
-                f"{source}:{row.line}: label {row.label!r} is not one of {', '.join(labels)}"
-                for row in strange
-            ],
-            "mend the rows or dataset.labels",
+            [f"{source}:{line}: {fault}" for line, fault in faults.items()],
+            f"the format is {form}; see dataset.format and dataset.columns"
+            + ("; dataset.on_bad_row: skip goes on without them" if rows else ""),
         )
-        if len(labels) < 2:
-            raise UserError(
-                f"{source}: only one label ({labels[0]}); a classification needs at least two"
-            )
-    used = {columns.get(name, name) for name in known}
-    unused = Counter(name for _, values in raw for name in values if name not in used)
-    if form in TURN_KEYS:
-        turns = (turn for _, values in raw for turn in values[columns.get(needed[0], needed[0])])
-        unused.update(
-            f"{name} of a turn" for turn in turns for name in turn.keys() - TURN_KEYS[form]
+    for line, fault in faults.items():
+        dropped[f"skipped: {fault}"].append(line)
+    if not rows:
+        raise UserError(
+            f"{source}: every row says that it is not to be trained on (weight 0 or train false); "
+            "give rows to learn from"
         )
-    return Table(source, form, rows, fingerprint, labels, dict(unused))
+    labels: list[str] | None = None
+    notices: list[str] = []
+    if form == "classification":
+        labels, notices = _labels(source, rows, spelled, settings)
+    return Table(source, form, rows, fingerprint, labels, dict(unused), dict(dropped), notices)
 
 
 def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Message]:
@@ -190,6 +206,29 @@ def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Messag
     # One pass, so that braces in the text stay what they are.
     content = re.sub(r"\{labels\}|\{text\}", lambda match: parts[match[0]], settings.instruction)
     return [{"role": "user", "content": content}]
+
+
+def check_labels(renderer: Renderer, labels: Sequence[str]) -> None:
+    """Raise UserError where the template or the tokenizer makes two labels one."""
+    seen: dict[str | tuple[int, ...], str] = {}
+    for label in labels:
+        messages: list[Message] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": label},
+        ]
+        forms: list[str | tuple[int, ...]] = []
+        # Encoding a row says why the template refuses it.
+        with contextlib.suppress(RenderError):
+            forms.append(renderer.written(messages))
+            forms.append(tuple(renderer.render(messages).ids))
+        for form in forms:
+            if form in seen:
+                raise UserError(
+                    f"the labels {seen[form]!r} and {label!r} are one to the model, whose template "
+                    "or tokenizer writes them alike, so the first would always win. Rename one in "
+                    "the rows, or give another template: model.chat_template: FILE.jinja"
+                )
+        seen.update(dict.fromkeys(forms, label))
 
 
 def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> list[Message]:
@@ -208,9 +247,13 @@ def encode(
     (`dataset.overlength`). Rows that would train nothing are dropped and counted.
 
     Raises:
-        UserError: no row is left.
+        UserError: no row is left, or two labels that the model would see as one.
     """
-    report = Report(split, table.source, table.format, len(table.rows))
+    dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
+    rows = len(table.rows) + sum(map(len, dropped.values()))
+    report = Report(split, table.source, table.format, rows, dropped=dropped)
+    if table.labels:
+        check_labels(renderer, table.labels)
     examples: list[Example] = []
     seen: set[str] = set()
     for row in table.rows:
@@ -219,7 +262,9 @@ def encode(
         seen.add(row.key)
         messages = conversation(row, table.labels, settings)
         try:
-            example = renderer.render(messages) if messages else renderer.text(row.text)
+            example = (
+                renderer.render(messages, row.untrained) if messages else renderer.text(row.text)
+            )
         except RenderError as error:
             report.drop(str(error), row.line)
             continue
@@ -242,7 +287,7 @@ def encode(
             report.labels[row.label] = report.labels.get(row.label, 0) + 1
     if not examples:
         raise UserError(
-            f"{table.source}: none of {len(table.rows)} rows is left for {split}:\n  "
+            f"{table.source}: none of {report.rows} rows is left for {split}:\n  "
             + "\n  ".join(report.notices())
         )
     return examples, report
@@ -277,7 +322,9 @@ def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | No
     held = set(random.Random(seed).sample(keys, count))
 
     def part(chosen: bool) -> Table:
-        return replace(table, rows=[row for row in table.rows if (row.key in held) == chosen])
+        rows = [row for row in table.rows if (row.key in held) == chosen]
+        # What was dropped in reading counts once: with the rows to train on.
+        return replace(table, rows=rows, dropped={} if chosen else table.dropped)
 
     return part(False), part(True)
 
@@ -314,20 +361,65 @@ def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _detect(
-    columns: set[str], settings: Dataset, source: str, first: tuple[int, dict[str, Any]]
-) -> str:
-    if settings.format != "auto":
-        return settings.format
-    for name, needed in FORMATS.items():
-        if set(needed) <= columns:
-            return name
-    shapes = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in FORMATS.items())
-    raise UserError(
-        f"{source}:{first[0]}: no known format has the columns "
-        f"{', '.join(sorted(map(str, first[1]))) or '(none)'}. "
-        f"Known: {shapes}. Map your names with dataset.columns, e.g. "
-        f"{{prompt: question, completion: answer}}"
+def _refuse_meaning(found: columns.Columns, values: dict[str, Any]) -> None:
+    for column, why in found.refused.items():
+        if filled(values.get(column)):
+            raise ValueError(columns.refusal(column, why))
+
+
+def _unused_keys(turns: list[dict[str, Any]], role: str, content: str) -> Iterator[str]:
+    """Keys of turns without a use; a weight counts only in the assistant's."""
+    for turn in turns:
+        if len(turn) > 2:
+            answer = turn.get(role) in ("assistant", "gpt")
+            used = (role, content, *(columns.TURN_FLAGS if answer else ()))
+            for name, value in turn.items():
+                if columns.plain(name) not in used and filled(value):
+                    said = columns.plain(name) in columns.TURN_FLAGS
+                    # To leave out of training what never is trained on, needs no word.
+                    if not said or columns.trained({"": value}, [""]):
+                        yield f"{name} of a turn" + " that is no answer" * said
+
+
+def _check_label(label: str, labels: Sequence[str] | None) -> None:
+    if labels and label not in labels:
+        near = [known for known in labels if known.casefold() == label.casefold()]
+        raise ValueError(
+            f"label {label!r} is not one of {', '.join(labels)}"
+            + (f"; {near[0]!r} differs in case only" if near else "")
+            + "; fix the row or dataset.labels"
+        )
+
+
+def _labels(
+    source: str,
+    rows: Sequence[Row],
+    spelled: Mapping[tuple[str, str], Sequence[int]],
+    settings: Dataset,
+) -> tuple[list[str], list[str]]:
+    """The labels, and sentences about those that were joined or differ in case only."""
+    counts = Counter(row.label for row in rows if row.label is not None)
+    labels = settings.labels or sorted(counts)
+    if len(labels) < 2:
+        raise UserError(
+            f"{source}: only one label ({labels[0]}); a classification needs at least two"
+        )
+    notices = [
+        f"labels: {raw!r} read as {label!r} in {len(lines)} row{'s' * (len(lines) > 1)}, first "
+        f"line {lines[0]}"
+        for (raw, label), lines in spelled.items()
+    ]
+    alike = defaultdict(list)
+    for label in labels:
+        alike[label.casefold()].append(f"{label!r} ({counts[label]:,})")
+    notices += [
+        f"labels: {' and '.join(same)} differ in case only, and are kept apart"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+    more = len(notices) - LINES_SHOWN
+    return labels, notices[:LINES_SHOWN] + [f"labels: ... and {more} more such notices"] * (
+        more > 0
     )
 
 
@@ -362,50 +454,98 @@ def _string(value: object, name: str) -> str:
     return value
 
 
+def _content(value: object, name: str) -> str:
+    """The text of a turn; OpenAI writes it as a list of parts too, of which one of text is read."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        if len(value) == 1 and value[0].get("type") == "text":
+            return _string(value[0].get("text"), name)
+        kinds = ", ".join(str(part.get("type")) for part in value)
+        raise ValueError(
+            f"{name} has {len(value)} parts ({kinds:.80}), and only text is trained on; write it "
+            "as one text"
+        )
+    return _string(value, name)
+
+
 def _turns(
-    value: object, name: str, role_key: str, content_key: str, roles: dict[str, str]
-) -> list[Message]:
+    value: object,
+    name: str,
+    role_key: str,
+    content_key: str,
+    roles: dict[str, str],
+    system: object = None,
+) -> tuple[list[Message], frozenset[int]]:
+    """The messages, after the system prompt of the row's own column, and those not trained on."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of turns with {role_key!r} and {content_key!r}")
-    messages: list[Message] = []
+    messages = _system(system)
+    untrained = set()
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             raise ValueError(
                 f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}"
             )
         role = turn.get(role_key)
+        other = "conversations" if "from" in turn else "messages"
+        if role_key not in turn and ("from" in turn or "role" in turn):
+            raise ValueError(
+                f"{name}, turn {number}: no {role_key!r}, it has {', '.join(turn)}; such turns are "
+                f"read with dataset.columns: {{{other}: {name}}}"
+            )
         if not isinstance(role, str) or role not in roles:
             raise ValueError(
                 f"{name}, turn {number}: {role_key} {role!r:.40} is not one of {', '.join(roles)}"
+                + "; calls of tools are not trained on yet" * (role in TOOL_ROLES)
+            )
+        for key, held in turn.items() if len(turn) > 2 else ():
+            why = columns.why_refused(key)
+            if why and filled(held):
+                raise ValueError(f"{name}, turn {number}: {columns.refusal(key, why)}")
+        content = turn.get(content_key)
+        if roles[role] == "system" and not filled(content):
+            continue  # as good as none
+        flags = {columns.plain(key): held for key, held in turn.items()} if len(turn) > 2 else {}
+        if not columns.trained(flags, columns.TURN_FLAGS, f"turn {number}, "):
+            untrained.add(len(messages))
+        if roles[role] == "system" and messages and messages[0]["role"] == "system":
+            raise ValueError(
+                f"{name}, turn {number}: a second system prompt, beside "
+                f"{'the column system' if filled(system) else 'an earlier turn'}; keep one"
             )
         messages.append(
-            {
-                "role": roles[role],
-                "content": _string(turn.get(content_key), f"turn {number}, {content_key}"),
-            }
+            {"role": roles[role], "content": _content(content, f"turn {number}, {content_key}")}
         )
-    if messages[-1]["role"] != "assistant":
+    if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(
             f"{name}: the last turn must be the assistant's, for that is what is learnt"
         )
-    return messages
+    answers = {at for at in untrained if messages[at]["role"] == "assistant"}
+    return messages, frozenset(answers)
 
 
 def _from_messages(line: int, fields: dict[str, Any]) -> Row:
     roles = {"system": "system", "user": "user", "assistant": "assistant"}
-    return Row(line, _turns(fields["messages"], "messages", "role", "content", roles))
+    messages, untrained = _turns(
+        fields["messages"], "messages", "role", "content", roles, fields.get("system")
+    )
+    return Row(line, messages, untrained=untrained)
 
 
 def _from_sharegpt(line: int, fields: dict[str, Any]) -> Row:
-    turns = _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
-    return Row(line, [*_system(fields), *turns])
+    messages, untrained = _turns(
+        fields["conversations"],
+        "conversations",
+        "from",
+        "value",
+        SHAREGPT_ROLES,
+        fields.get("system"),
+    )
+    return Row(line, messages, untrained=untrained)
 
 
-def _system(fields: dict[str, Any]) -> list[Message]:
+def _system(value: object) -> list[Message]:
     """The system prompt that a row carries in a column of its own, if any."""
-    if not fields["system"]:
-        return []
-    return [{"role": "system", "content": _string(fields["system"], "system")}]
+    return [{"role": "system", "content": _string(value, "system")}] if filled(value) else []
 
 
 def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Row:
@@ -417,36 +557,38 @@ def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Ro
 
 
 def _from_alpaca(line: int, fields: dict[str, Any]) -> Row:
-    parts = [
-        _string(fields["instruction"], "instruction"),
-        *([fields["input"]] if fields["input"] else []),
-    ]
-    prompt = "\n\n".join(_string(part, "input") for part in parts)
+    prompt = _string(fields["instruction"], "instruction")
+    if filled(fields.get("input")):
+        prompt += "\n\n" + _string(fields["input"], "input")
     row = _pair(line, prompt, _string(fields["output"], "output"))
-    return replace(row, messages=[*_system(fields), *row.messages])
+    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
 
 
 def _from_prompt_completion(line: int, fields: dict[str, Any]) -> Row:
-    quality = fields["quality"]
+    quality = fields.get("quality") if filled(fields.get("quality")) else None
     if quality is not None and quality not in ("good", "fair", "poor"):
         raise ValueError(f"quality {quality!r} is not one of good, fair, poor")
-    return _pair(
+    row = _pair(
         line,
         _string(fields["prompt"], "prompt"),
         _string(fields["completion"], "completion"),
         quality,
     )
+    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
 
 
 def _from_classification(line: int, fields: dict[str, Any]) -> Row:
     label = fields["label"]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # pandas writes whole numbers so, where one of them is missing
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise ValueError(
             f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})"
         )
-    if not str(label).isprintable():
+    label = normal_label(str(label))
+    if not label.isprintable():
         raise ValueError(f"label {label!r:.40} holds control characters")
-    return Row(line, [], _string(fields["text"], "text"), _string(str(label), "label"))
+    return Row(line, [], _string(fields["text"], "text"), _string(label, "label"))
 
 
 def _from_text(line: int, fields: dict[str, Any]) -> Row:

@@ -104,6 +104,11 @@ def read_table(settings: Config, data_file: str | None) -> data.Table:
     if source is None:
         raise UserError("Nothing to measure: dataset.test is null; give a file: --data FILE")
     table = data.read(source, settings.dataset)
+    for notice in table.drops("test") + table.notices:
+        terminal.err.print(f"notice    {terminal.printable(notice)}")
+    # The answer that is measured is the last one that would be trained on.
+    rows = [dataclasses.replace(row, messages=row.messages[: row.answer + 1]) for row in table.rows]
+    table = dataclasses.replace(table, rows=rows)
     return data.sample(table, settings.evaluation.max_rows, settings.training.seed)
 
 
@@ -209,7 +214,11 @@ def label_log_likelihoods(
 
     The sum runs over all tokens of a label and its end token, so that "positive" and "positively"
     are told apart. Prompts and labels are packed: what they share is computed once.
+
+    Raises:
+        UserError: two labels that the model would see as one, or a template that refuses a prompt.
     """
+    data.check_labels(renderer, labels)
     try:
         candidates = [
             renderer.render([*prompt, {"role": "assistant", "content": label}])
@@ -263,7 +272,9 @@ def measure_responses(
     model: Any, renderer: Renderer, table: data.Table, settings: Config, name: str
 ) -> dict[str, Any]:
     """Perplexity of the references; for conversations also greedy responses, judged and compared."""
-    examples, fate = data.encode(table, renderer, settings.dataset, "test")
+    # What was dropped in reading was reported then.
+    whole = dataclasses.replace(table, dropped={})
+    examples, fate = data.encode(whole, renderer, settings.dataset, "test")
     if fate.dropped:
         raise UserError(
             f"{table.source}: rows that cannot be measured; mend them, leave them out or raise "
@@ -426,6 +437,7 @@ def assemble(
             "source": table.source,
             "sha256": table.fingerprint,
             "rows": len(table.rows),
+            "dropped": table.dropped,
             "format": table.format,
         },
         "method": "heuristics" if "heuristics" in measured else method,

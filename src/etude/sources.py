@@ -161,8 +161,10 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
     rows: list[dict[str, Any]] = []
     size, most = 0, min(LIMIT, max(FREE, GROWTH * len(data)))
     try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        names = _class_names(file.schema_arrow.metadata)
         # In pieces: a small file can hold a value once and say that it stands a billion times.
-        for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(1024):
+        for batch in file.iter_batches(1024):
             # A row costs about so much in Python, whatever stands in it.
             size += 100 * len(batch) + sum(
                 (column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes
@@ -173,7 +175,30 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
             rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{source}: not a readable parquet file: {first_line(error)}") from None
+    _name_classes(rows, names)
     return list(enumerate(rows, 1))
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of the classes by column, as `datasets` writes them into a parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: list(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}  # not written by `datasets`
+
+
+def _name_classes(rows: list[dict[str, Any]], names: dict[str, list[str]]) -> None:
+    """Put the names of classes in place of their numbers; -1 stands for no class."""
+    for column, known in names.items():
+        for row in rows:
+            value = row.get(column)
+            if isinstance(value, int):
+                row[column] = known[value] if 0 <= value < len(known) else None
 
 
 def _read_hub(source: str) -> tuple[list[RawRow], str]:
@@ -193,7 +218,10 @@ def _read_hub(source: str) -> tuple[list[RawRow], str]:
             f"{source}: this Hub data set cannot be loaded: {text}. "
             "Offline, give a file instead; else check the name, and the split after a colon"
         ) from None
-    return list(enumerate((dict(row) for row in table), 1)), str(table._fingerprint)
+    rows = [dict(row) for row in table]
+    features = table.features.items()
+    _name_classes(rows, {k: f.names for k, f in features if isinstance(f, datasets.ClassLabel)})
+    return list(enumerate(rows, 1)), str(table._fingerprint)
 
 
 def _object(value: object) -> dict[str, Any]:

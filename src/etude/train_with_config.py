@@ -356,11 +356,15 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
         tables = {"train": train_part} | ({"validation": validation} if validation else {})
     if dataset.validation_split and "validation" not in tables:
         terminal.notice("no validation: there are too few different rows to cut one from train")
+    for name, read in (("train", table), *others.items()):
+        # The dropped rows of the other splits are in their reports.
+        for notice in read.notices + (read.drops(name) if name == "test" else []):
+            terminal.notice(f"{name}: {notice.removeprefix(f'{name}: ')}")
     # As read: what is cut from train has the columns of all its rows.
     for name, used in (("train", table), ("validation", others.get("validation"))):
         if used and used.unused:
             columns = ", ".join(f"{column} ({n:,})" for column, n in used.unused.items())
-            terminal.notice(f"{name}: columns that nothing reads: {columns}")
+            terminal.notice(f"{name}: columns unused: {columns}")
     tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
     return tables
 
