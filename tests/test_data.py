@@ -309,12 +309,12 @@ MEANS = {
     "instruction": ({"prompt": "a", "completion": "b", "input": "x"}, "'input' is filled: the answer rests"),
     "half": (
         {"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]},
-        "turn 2, weight 0.5 is neither 0 (false) nor 1 (true)",
+        "turn 2: weight 0.5 is neither 0 (false) nor 1 (true)",
     ),
     "row-weight": ({"prompt": "a", "completion": "b", "weight": "0.5"}, "weight '0.5' is neither 0"),
     "contradiction": (
         {"messages": [PAIR[0], {**PAIR[1], "weight": 1, "train": False}]},
-        "turn 2, weight and train contradict each other",
+        "turn 2: weight and train contradict each other",
     ),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, PAIR[1]]},
@@ -328,7 +328,19 @@ def test_what_changes_a_rows_meaning_is_refused_by_name(write, row, phrase):
     plain = {"prompt": "q", "completion": "c"} if "messages" not in row else {"messages": PAIR}
     plain = {"instruction": "q", "output": "c"} if "instruction" in row else plain
     message = refusal(write("x.jsonl", [plain, row]))
-    assert f"x.jsonl:2: {phrase}" in message or (phrase in message and "x.jsonl:2: " in message)
+    assert phrase in message and "x.jsonl:2: " in message
+
+
+def test_a_column_that_is_refused_takes_one_line(write):
+    rows = [{"prompt": "a", "completion": "b", "score": n, "tools": "f" * n} for n in range(50)]
+    message = refusal(write("x.jsonl", rows))
+    assert len(message.splitlines()) == 2
+    assert "x.jsonl:1: the column 'score' is filled" in message and "(50 of 50 rows: " in message
+    assert "x.jsonl:2: the column 'tools'" in message and "(49 of 50 rows: " in message
+    # Rows without it can be used, but none is without a score.
+    assert "'tools'" not in refusal("x.jsonl", on_bad_row="skip")
+    table = data.read("x.jsonl", Dataset(on_bad_row="skip", ignore=["score"]))
+    assert [row.line for row in table.rows] == [1]
 
 
 @pytest.mark.parametrize("value", [None, "", " ", [], {}, "[]"])
@@ -438,7 +450,7 @@ def labelled(*labels):
             "labels: '\\tbad' read as 'bad' in 1 row, first line 4",
         ]),
         (["caf\u00e9", "cafe\u0301", "tea", "cafe\u0301"], ["caf\u00e9", "tea"], [
-            "labels: 'cafe\u0301' read as 'caf\u00e9' in 2 rows, first line 2",
+            "labels: 'cafe\\u0301' read as 'caf\u00e9' in 2 rows, first line 2",
         ]),
         (["very  bad", "very\u00a0bad", "very bad", "good"], ["good", "very bad"], [
             "labels: 'very  bad' read as 'very bad' in 1 row, first line 1",
@@ -577,7 +589,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     line = len(good) + 1
     message = refusal(source)
     assert f"x.jsonl:{line}: " in message and fault in message
-    assert "dataset.on_bad_row: skip" in message
+    assert "dataset.on_bad_row: skip" in message or "tools" in bad
 
     table = data.read(source, Dataset(on_bad_row="skip"))
     examples, report = encode(table, renderer)
@@ -587,7 +599,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     assert reason.startswith("skipped: ") and fault in reason and lines == [line]
     assert report.notices()[0].startswith(f"train: 1 of {report.rows} rows dropped (skipped: ")
     everything = write("y.jsonl", [bad, bad])
-    with pytest.raises(UserError, match=r"y\.jsonl:2: "):
+    with pytest.raises(UserError, match=r"y\.jsonl:[12]: "):
         data.read(everything, Dataset(on_bad_row="skip", format=table.format))
 
 

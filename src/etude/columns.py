@@ -134,7 +134,8 @@ def why_refused(name: object) -> str | None:
 
 def refusal(name: str, why: str) -> str:
     """The sentence about a column or key that is refused, with the two ways on."""
-    return f"{name!r} is filled: {why}; remove it, or leave it out: dataset.ignore: [{name}]"
+    left_out = scalar([name])
+    return f"{name!r} is filled: {why}; remove it, or train without it: dataset.ignore: {left_out}"
 
 
 def without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def trained(fields: dict[str, Any], names: Iterable[str], of: str = "") -> bool:
             if word not in ("0", "0.0", "false", "1", "1.0", "true"):
                 raise ValueError(
                     f"{of}{name} {value!r:.40} is neither 0 (false) nor 1 (true); write one of "
-                    f"them, or leave the column out: dataset.ignore: [{name}]"
+                    f"them, or train as if it were not there: dataset.ignore: [{name}]"
                 )
             said[name] = word in ("1", "1.0", "true")
     if len(set(said.values())) > 1:

@@ -144,6 +144,7 @@ def read(source: str, settings: Dataset) -> Table:
         raw = [(line, columns.without(values, settings.ignore)) for line, values in raw]
     found = columns.assign(source, raw, settings)
     form = found.format
+    _refuse_columns(source, found, raw, all_rows=settings.on_bad_row == "skip")
     rows: list[Row] = []
     faults: dict[int, str] = {}
     dropped: defaultdict[str, list[int]] = defaultdict(list)
@@ -151,7 +152,9 @@ def read(source: str, settings: Dataset) -> Table:
     spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for line, values in raw:
         try:
-            _refuse_meaning(found, values)
+            for column, why in found.refused.items():
+                if filled(values.get(column)):
+                    raise ValueError(columns.refusal(column, why))
             fields = {name: values.get(column) for name, column in found.own.items()}
             missing = [
                 settings.columns.get(name, name)
@@ -164,7 +167,7 @@ def read(source: str, settings: Dataset) -> Table:
                     f"{', '.join(map(str, values)) or 'nothing'}"
                 )
             flags = {name: values.get(column) for column, name in found.flags.items()}
-            keep = columns.trained(flags, columns.ROW_FLAGS)
+            keep = not flags or columns.trained(flags, columns.ROW_FLAGS)
             row = _CONVERT[form](line, fields)
             if row.label is not None:
                 _check_label(row.label, settings.labels)
@@ -361,10 +364,20 @@ def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _refuse_meaning(found: columns.Columns, values: dict[str, Any]) -> None:
+def _refuse_columns(
+    source: str, found: columns.Columns, raw: list[sources.RawRow], all_rows: bool
+) -> None:
+    """Raise UserError for the columns that are refused; with `all_rows`, those that all rows have."""
+    refused = []
     for column, why in found.refused.items():
-        if filled(values.get(column)):
-            raise ValueError(columns.refusal(column, why))
+        lines = [line for line, values in raw if filled(values.get(column))]
+        if len(lines) == len(raw) or not all_rows:
+            refused.append(
+                f"{source}:{lines[0]}: the column {columns.refusal(column, why)} ({len(lines):,} "
+                f"of {len(raw):,} rows: {_lines(lines)})"
+            )
+    if refused:
+        raise UserError("\n".join(refused))
 
 
 def _unused_keys(turns: list[dict[str, Any]], role: str, content: str) -> Iterator[str]:
@@ -404,11 +417,12 @@ def _labels(
         raise UserError(
             f"{source}: only one label ({labels[0]}); a classification needs at least two"
         )
-    notices = [
-        f"labels: {raw!r} read as {label!r} in {len(lines)} row{'s' * (len(lines) > 1)}, first "
-        f"line {lines[0]}"
-        for (raw, label), lines in spelled.items()
-    ]
+    notices = []
+    for (raw, label), lines in spelled.items():
+        # Accents that are composed otherwise look the same.
+        shown = repr(raw) if raw.split() == label.split() else ascii(raw)
+        rows_of_it = f"{len(lines):,} row{'s' * (len(lines) > 1)}, first line {lines[0]}"
+        notices.append(f"labels: {shown} read as {label!r} in {rows_of_it}")
     alike = defaultdict(list)
     for label in labels:
         alike[label.casefold()].append(f"{label!r} ({counts[label]:,})")
@@ -497,15 +511,12 @@ def _turns(
                 f"{name}, turn {number}: {role_key} {role!r:.40} is not one of {', '.join(roles)}"
                 + "; calls of tools are not trained on yet" * (role in TOOL_ROLES)
             )
-        for key, held in turn.items() if len(turn) > 2 else ():
-            why = columns.why_refused(key)
-            if why and filled(held):
-                raise ValueError(f"{name}, turn {number}: {columns.refusal(key, why)}")
+        # Keys beside the two come first: an answer of tool calls alone has no content.
+        counts = len(turn) == 2 or _trained_turn(turn, f"{name}, turn {number}: ")
         content = turn.get(content_key)
         if roles[role] == "system" and not filled(content):
             continue  # as good as none
-        flags = {columns.plain(key): held for key, held in turn.items()} if len(turn) > 2 else {}
-        if not columns.trained(flags, columns.TURN_FLAGS, f"turn {number}, "):
+        if roles[role] == "assistant" and not counts:
             untrained.add(len(messages))
         if roles[role] == "system" and messages and messages[0]["role"] == "system":
             raise ValueError(
@@ -519,8 +530,17 @@ def _turns(
         raise ValueError(
             f"{name}: the last turn must be the assistant's, for that is what is learnt"
         )
-    answers = {at for at in untrained if messages[at]["role"] == "assistant"}
-    return messages, frozenset(answers)
+    return messages, frozenset(untrained)
+
+
+def _trained_turn(turn: dict[str, Any], where: str) -> bool:
+    """Whether a turn with more than its two keys is trained on."""
+    for key, value in turn.items():
+        why = columns.why_refused(key)
+        if why and filled(value):
+            raise ValueError(f"{where}{columns.refusal(key, why)}")
+    flags = {columns.plain(key): value for key, value in turn.items()}
+    return columns.trained(flags, columns.TURN_FLAGS, where)
 
 
 def _from_messages(line: int, fields: dict[str, Any]) -> Row:
