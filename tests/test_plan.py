@@ -214,6 +214,45 @@ def test_nf4_and_bf16_are_counted(prepared, tiny_model):
     assert half.base * 2 == plain.base
     assert half.adapter == plain.adapter  # float32 all the same
     assert half.loading == plain.base  # the file's pages, until they are converted
+    # The proof opens what was trained on: the 4-bit base, read from the same file.
+    assert plain.proof - small.proof == pytest.approx(plain.base - small.base, rel=0.2)
+    assert small.loading == plain.base and plain.loading == 0
+    on_int8 = planned(prepared, "model.quantization=int8")
+    assert on_int8.proof >= on_int8.libraries + plain.base  # used on the float base
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "place", "ground"),
+    [
+        ({}, (), CPU, ""),
+        ({}, ("model.quantization=int8",), CPU, ""),
+        ({"parameters": plan.LARGEST}, (), CPU, ""),
+        ({"parameters": plan.LARGEST + 1}, (), CPU, "on models of more than 1.3e9 parameters"),
+        ({}, ("model.quantization=nf4",), CPU, "with a 4-bit base"),
+        ({}, (), device.Device("cuda", "float32", ""), "on a GPU"),
+        ({}, (), device.Device("mps", "float32", ""), "on a GPU"),
+    ],
+)
+def test_off_its_ground_the_plan_warns(prepared, monkeypatch, caplog, change, more, place, ground):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(device, "available", lambda _: 1)
+    monkeypatch.setattr(plan, "_alternatives", lambda *_: [])
+    settings, outline, examples = prepared(*more)
+    found = replace(plan.estimate(settings, outline, CPU, examples, 3), **change)
+    arguments = (found, settings, outline, place, examples, 3)
+    if ground:
+        assert plan.check(*arguments) is False
+        assert f"only a warning, for {ground} the plan was never measured" in caplog.text
+    else:
+        with pytest.raises(UserError, match="`etude train` with --force"):
+            plan.check(*arguments)
+        assert not caplog.text
+    caplog.clear()
+    assert plan.check(*arguments, force=True) is False
+    assert "--force: This training does not fit in memory" in caplog.text
+    monkeypatch.setattr(device, "available", lambda _: 10**12)
+    assert plan.check(*arguments) is True
 
 
 def test_a_model_that_cannot_be_walked_is_told_and_does_not_stop(prepared, monkeypatch, caplog):
@@ -270,6 +309,15 @@ def test_a_training_that_does_not_fit_ends_before_the_weights(tiny_model, files,
         assert result.exit_code == 2, result.output
         assert "does not fit in memory" in result.output
         assert "model.quantization" not in result.output or "saves" in result.output
+    # --force goes on to the weights; off its ground so does the plan alone, and validate says so.
+    result = etude("train", "--preset", "cpu", *arguments, "--force")
+    assert result.exception.args == ("loaded",)
+    assert "--force: This training does not fit in memory" in result.output
+    monkeypatch.setattr(plan, "LARGEST", 1)
+    assert etude("train", "--preset", "cpu", *arguments).exception.args == ("loaded",)
+    result = etude("validate", "--preset", "cpu", *arguments)
+    assert result.exit_code == 0
+    assert "valid, but by the plan the training does not fit in memory" in result.output
 
 
 def test_limits_of_control_groups_are_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -195,6 +196,106 @@ def test_another_base_is_refused_for_a_bare_adapter_too(finished, tmp_path, tiny
         assert runs.open_target(str(folder), []).adapter == folder
         with pytest.raises(UserError, match="trained on another base"):
             runs.open_target(str(folder), [f"model.name={other}"])
+
+
+# --- a base in 4 bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", None])
+def test_a_run_is_opened_on_the_base_that_it_is_used_on(
+    copied, tiny_model, monkeypatch, quantization
+):
+    settings = configuration.load(copied / runs.CONFIG)
+    model = settings.model.model_copy(update={"quantization": quantization})
+    changed = settings.model_copy(update={"model": model})
+    (copied / runs.CONFIG).write_text(configuration.to_yaml(changed))
+    asked, original = [], models.load
+
+    def load(name, place, revision=None, quantization=None, known=None):
+        asked.append(quantization)
+        base = original(name, place, revision)
+        base.model.is_quantized = quantization == "nf4"
+        return base
+
+    monkeypatch.setattr(models, "load", load)
+    target = runs.open_target(str(copied), [])
+    assert asked == ["nf4" if quantization == "nf4" else None]
+    # An adapter is not merged into 4 bits, and is merged elsewhere.
+    tuned = target.tuned()
+    assert hasattr(tuned, "peft_config") == (quantization == "nf4")
+    # Whoever has the room may ask for the float base.
+    runs.open_target(str(copied), ["model.quantization=null"])
+    assert asked[1:] == [None]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "off", "dtype", "proven"),
+    [
+        (None, 1e-3, "float32", False),
+        ("nf4", 1e-3, "float32", False),
+        ("nf4", 1e-6, "float32", True),
+        ("nf4", 1e-2, "bfloat16", True),
+        ("nf4", 0.04, "bfloat16", False),
+        ("int8", 0.04, "float32", True),
+    ],
+)
+def test_a_loss_in_4_bits_is_the_trainings_own(monkeypatch, quantization, off, dtype, proven):
+    monkeypatch.setattr(proof, "mean_loss", lambda *_: 2.0 * (1 + off))
+    model = types.SimpleNamespace(dtype=getattr(torch, dtype))
+    target = runs.Target(None, None, configuration.Config(), None)
+    expected = {"dtype": dtype, "quantization": quantization}
+    expected["loss"] = {"split": "validation", "value": 2.0}
+    if not proven:
+        with pytest.raises(UserError, match="further apart than rounding explains"):
+            proof.compare_losses("run", model, target, expected, [])
+        return
+    told = proof.compare_losses("run", model, target, expected, [])
+    assert ("on the float base" in told) == (quantization == "int8")
+
+
+def test_4_bit_layers_stay_fit_for_gradients_after_a_pass_without(tiny_model):
+    class Layer(torch.nn.Linear):
+        support_avx512bf16_for_cpu = True
+
+    model = torch.nn.Sequential(Layer(2, 2), torch.nn.Linear(2, 2))
+    models._keep_gradients(model)
+    assert not model[0].support_avx512bf16_for_cpu
+    assert not hasattr(model[1], "support_avx512bf16_for_cpu")
+
+    pytest.importorskip("bitsandbytes")
+    base = models.load(str(tiny_model), device.Device("cpu", "float32", ""), None, "nf4")
+    ids = torch.arange(3, 40)[None]
+    torch.manual_seed(0)
+    tuned = lora.attach(base.model, configuration.Lora(r=4), "tiny")
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def gradients():
+        tuned.zero_grad()
+        tuned.train()
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in tuned.parameters() if p.requires_grad]
+
+    before = gradients()
+    tuned.eval()
+    with torch.no_grad():
+        tuned(input_ids=ids)
+    assert all(grad.any() for grad in before)
+    assert all(map(torch.equal, before, gradients()))
+
+
+def test_a_training_in_4_bits_is_proven_in_4_bits(tiny_model, files, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = tmp_path / "run"
+    result = train(tiny_model, files, run, "model.quantization=nf4", "dataset.test=null")
+    assert result.exit_code == 0, result.output
+    assert "as in training" in told(result)
+    assert "the plan was never measured" not in told(result)  # it fits
+    target = runs.open_target(str(run), [])
+    assert target.base.model.is_quantized and hasattr(target.tuned(), "peft_config")
+    wanted = etude("evaluate", run, "--data", files / "pairs.jsonl", "evaluation.max_rows=4")
+    assert wanted.exit_code == 0, wanted.output
 
 
 # --- what the new process says when it fails -------------------------------------------------

@@ -60,8 +60,9 @@ def validate(
     renderer = runs.renderer_for(outline, settings)
     examples, reports = train_with_config.encode(tables, renderer, settings)
     train_with_config.show_data(examples, reports, outline.tokenizer)
-    fits = train_with_config.make_plan(settings, outline, place, examples)
-    terminal.say("result", f"valid{', and the training fits in memory' if fits else ''}")
+    planned, fits = train_with_config.make_plan(settings, outline, place, examples)
+    fitting = "and the training fits" if fits else "but by the plan the training does not fit"
+    terminal.say("result", f"valid{f', {fitting} in memory' if planned else ''}")
 
 
 @app.command()
@@ -96,11 +97,15 @@ def reproduce(
     ] = None,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
+    terminal.start_log()
     folder = expanded(str(run))
     if not (folder / runs.MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {runs.MANIFEST}), so it cannot be repeated")
-    manifest = runs.read_json(folder / runs.MANIFEST)
-    settings = configuration.check(manifest.get("config", {}), {})
+    manifest = runs.read_manifest(folder, "config", "data")
+    try:
+        settings = configuration.check(manifest["config"], {})
+    except UserError as error:
+        raise UserError(f"{folder / runs.MANIFEST}: its config is damaged: {error}") from None
     whole = folder.resolve()
     again = expanded(str(out)) if out else whole.with_name(f"{whole.name}-reproduced")
     output = settings.output.model_copy(update={"dir": str(again)})

@@ -176,7 +176,9 @@ def load(
             f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
             "so it would answer at random. Copy the model again, or take one with a language model's head"
         )
-    if device.name != "cpu" and quantization != "nf4":
+    if quantization == "nf4":
+        _keep_gradients(model)
+    elif device.name != "cpu":
         model = model.to(torch.device(device.name))
     # Its own would be mixed into every generation: beams by the thousand, say. Ours says all.
     said = model.generation_config
@@ -206,6 +208,17 @@ def _nf4(device: Device) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=device.torch_dtype,
     )
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit layers on a CPU.
+
+    At the first pass without gradients, a validation say, it would pack them for a product that knows
+    no gradients, and keep them so: training would go on with wrong ones, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def locate(name: str) -> Path | None:
@@ -325,6 +338,8 @@ def from_gguf(file: Path) -> Path:
         _convert(file, work)
         sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
         (work / SUMS).write_text(json.dumps(sums, indent=1))
+        for path in (work, *work.iterdir()):  # one cache may serve several users
+            foreign.usual_mode(path)
         if _verified(folder):  # another process was quicker, and may be reading it
             return folder
         # Built beside and renamed: another process never sees half a model.

@@ -7,7 +7,8 @@ speed, the time follows.
 What allocators and compilers add to that is not derivable. HELD, COMPILED, LATER and COMPILER were
 fitted to the peaks (VmHWM) of the 16 settings of benchmarks/memory.py that are marked so there: the
 sample model, torch 2.13, glibc 2.36, one thread, passes of up to 512 tokens, two steps. Other models
-and machines were not used for it, and on a GPU nothing was measured: UNMEASURED is a guess.
+and machines were not used for it, and on a GPU nothing was measured: UNMEASURED is a guess. So `check`
+refuses a training on that ground alone (see `off_the_ground`), and elsewhere warns.
 """
 
 import logging
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from etude import batching, counting, data, device, lora
@@ -40,6 +42,7 @@ COMPILER = 250e6  # bytes that torch.compile keeps in the process
 CONVERTING = (
     1.6  # times a model's float32 bytes while its GGUF file is converted; the sample's was 1.55
 )
+LARGEST = 10 * 134_515_008  # parameters, ten times the sample's: up to there the plan may refuse
 NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
 # Share of the time in which the products of a step run at the speed that they have alone, measured
 # by benchmarks/train.py.
@@ -59,9 +62,11 @@ class Plan:
         optimizer: AdamW's two moments of them.
         training: what the largest pass holds, forward and backward, their gradients included.
         validation: what the largest pass of the validation holds, without gradients.
-        proof: what the new process takes that opens the run at the end, on the base in float.
+        proof: what the new process takes that opens the run at the end: on the base in float, after
+            nf4 on the 4-bit one.
         generation: what `etude evaluate` holds beside libraries, base and adapter to write answers:
             the keys and values of all tokens of its rows.
+        parameters: of the base.
         tokens: tokens of the largest pass.
         seconds: of the whole training, about.
     """
@@ -75,6 +80,7 @@ class Plan:
     validation: int
     proof: int
     generation: int
+    parameters: int
     tokens: int
     seconds: float
 
@@ -191,11 +197,11 @@ def _estimate(
     pays = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
     compile = training.compile is True or (training.compile == "auto" and pays)
 
-    # Of the float model, before int8: what is loaded first, and what the proof opens.
+    # Of the float model, before it is quantised: what is loaded first.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
-    base = full = counting.size(frozen)
+    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
     linears = [linear.weight for linear in int8.frozen_linears(model).values()]
     stateful = _stateful(model)
     half = torch.float16 if training.fp16 else torch.bfloat16
@@ -217,6 +223,7 @@ def _estimate(
             )
         elif quantization == "nf4":
             base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
+            opened = base
         learnt, seen = (counting.fake_pass(mode, part, stateful) for part in (batch, checked))
         model.train()
         if training.gradient_checkpointing:
@@ -240,13 +247,15 @@ def _estimate(
     factor = held * (COMPILED if compile and host else 1)
     adapter = counting.size(trained)
     stored = count * outline.stored.itemsize
-    loading = 0
+    # The file's pages, unless they become the weights themselves.
+    converts = quantization == "nf4" or outline.stored != place.torch_dtype
+    reading = stored if host and converts else 0
     if outline.unconverted:
         loading = int(CONVERTING * 4 * count) - base
     elif quantization == "int8":  # both stand there while layer by layer is quantised
         loading = stored + int(held * judged.peak)
-    elif outline.stored != place.torch_dtype:
-        loading = stored
+    else:
+        loading = reading
     bare = int(device.used_memory("cpu") + LATER) if host else 0
     libraries = bare + (int(COMPILER) if host and compile else 0)
     validation = int(held * judged.peak) + extra
@@ -258,8 +267,9 @@ def _estimate(
         optimizer=2 * adapter,
         training=int(factor * step.peak) + (adapter if several else 0) + extra,
         validation=validation,
-        proof=bare + full + adapter + validation,
+        proof=bare + opened + max(reading, adapter + validation),
         generation=cache,
+        parameters=count,
         tokens=batch.input_ids.numel(),
         seconds=_seconds(
             step.operations / batch.input_ids.numel() * tokens
@@ -323,6 +333,15 @@ def _seconds(operations: float, shape: Any, place: Device, engine: str) -> float
 # --- does it fit ---------------------------------------------------------------------------------
 
 
+def off_the_ground(plan: Plan, settings: Config, place: Device) -> str:
+    """On what the plan was never compared with a real training; empty where it was."""
+    if place.name != "cpu":
+        return "on a GPU"
+    if settings.model.quantization == "nf4":
+        return "with a 4-bit base"
+    return f"on models of more than {LARGEST / 1e9:.1f}e9 parameters" * (plan.parameters > LARGEST)
+
+
 def check(
     plan: Plan,
     settings: Config,
@@ -330,8 +349,11 @@ def check(
     place: Device,
     examples: dict[str, list[Example]],
     steps: int,
-) -> None:
-    """Hold the plan against the memory that is free.
+    force: bool = False,
+) -> bool:
+    """Compare the plan with the memory that is free; returns whether it fits.
+
+    With `force`, and where the plan was not measured, what does not fit is a warning.
 
     Raises:
         UserError: too little; with the keys to change, and what each would save.
@@ -342,7 +364,7 @@ def check(
     here = device.used_memory("cpu") if place.name != "cuda" else 0
     room = here + free // processes
     if plan.needed <= room:
-        return
+        return True
     found = []
     for keys, changed, shorter in _alternatives(settings, examples):
         other = estimate(changed, outline, place, shorter, steps)
@@ -352,12 +374,18 @@ def check(
         f"{keys}: saves {_gb(saved)}{', and it fits' if fits else ''}"
         for saved, keys, fits in sorted(found, reverse=True)
     ]
-    raise UserError(
-        f"This training does not fit in memory: it would take {_gb(plan.needed)}, and {_gb(room)} are "
-        f"there for it. Change one or more of these:\n  "
+    problem = (
+        f"This training does not fit in memory: by the plan it would take {_gb(plan.needed)}, and "
+        f"{_gb(room)} are there for it. Change one or more of these:\n  "
         + "\n  ".join([*lines, "model.name: a smaller model"])
         + "\nThen `etude validate` shows the plan again."
     )
+    unsure = off_the_ground(plan, settings, place)
+    if not force and not unsure:
+        raise UserError(f"{problem} To train all the same: `etude train` with --force")
+    why = "--force" if force else f"only a warning, for {unsure} the plan was never measured"
+    log.warning("%s: %s", why, problem)
+    return False
 
 
 def _alternatives(
@@ -373,6 +401,8 @@ def _alternatives(
 
     if model.quantization is None and not settings.lora.use_dora:
         yield "model.quantization=int8", changed("model", quantization="int8"), examples
+    if model.quantization != "nf4" and find_spec("bitsandbytes"):
+        yield "model.quantization=nf4", changed("model", quantization="nf4"), examples
     if not training.gradient_checkpointing:
         yield (
             "training.gradient_checkpointing=true",
