@@ -16,11 +16,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude.errors import UserError, first_line
+from etude.foreign import usual_mode
+
 if TYPE_CHECKING:
     import torch
 
 SUMS = "sha256.json"
 PROGRESS, TENSORS = "progress.json", "state.safetensors"
+# What a training goes on from must be there, and of its kind.
+SHAPE: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "ended": bool,
+    "processes": int,
+    "step_loss": float,
+    "tokens_seen": int,
+    "loss_since_log": float,
+    "last_log": int,
+    "groups": list,
+    "scheduler": dict,
+    "scaler": (dict, type(None)),
+    "random": dict,
+}
 UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
 
 
@@ -54,7 +71,9 @@ def writing(target: Path) -> Iterator[Path]:
         yield work
         write_text(work / SUMS, json.dumps({file.name: sha256(file) for file in _files(work)}))
         for file in _files(work):
+            usual_mode(file)
             _flush(file)
+        usual_mode(work)
         _flush(work)
         remove(target)  # there only if it did not verify
         work.rename(target)
@@ -160,6 +179,49 @@ def load_state(checkpoint: Path) -> "tuple[dict[str, Any], dict[str, torch.Tenso
 
     progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     return progress, load_file(checkpoint / TENSORS)
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The progress of a checkpoint that verifies, its form checked.
+
+    Raises:
+        UserError: it is not what a training writes.
+    """
+    with reading(checkpoint):
+        progress, _ = load_state(checkpoint)
+        wrong = [key for key, kind in SHAPE.items() if not isinstance(progress.get(key), kind)]
+        timed = [progress.get(key, 0) for key in ("seconds", "timed_steps")]
+        if wrong or progress["step"] != step_of(checkpoint) or progress["processes"] < 1:
+            raise ValueError(f"{PROGRESS}: {', '.join(wrong) or 'another step or no process'}")
+        if not all(isinstance(value, int | float) and value >= 0 for value in timed):
+            raise ValueError(f"{PROGRESS}: seconds, timed_steps")
+    return progress
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say in one sentence what libraries stumble over in a checkpoint that is not as it was written.
+
+    Its sums are right, so it was changed by hand or written by another version.
+
+    Raises:
+        UserError: the block failed.
+    """
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise UserError(
+            f"{checkpoint}: not what this version of Etude writes ({type(error).__name__}: "
+            f"{first_line(error):.200}). Remove this checkpoint to go on from the one before it, "
+            "or train a new run"
+        ) from None
 
 
 def split_optimizer(

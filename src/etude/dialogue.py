@@ -12,6 +12,8 @@ from etude.conversation import Message, Renderer
 from etude.errors import UserError
 from etude.foreign import read_text
 
+HALF = re.compile("[\ud800-\udfff]")  # what JSON can spell and no text may hold
+
 
 def fit(
     renderer: Renderer, messages: Sequence[Message], window: int | None, reserve: int
@@ -118,11 +120,13 @@ def load(path: Path) -> Conversation:
             f'{path}: not a saved conversation: an object with "system" (text or null) and '
             '"messages" is expected'
         )
+    if HALF.search(value.get("system") or ""):
+        raise UserError(f"{path}: system: it holds half a character; write it anew")
     for number, message in enumerate(messages, 1):
         role = "user" if number % 2 else "assistant"
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or message != {"role": role, "content": content}:
             raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
-        if re.search("[\ud800-\udfff]", content):
+        if HALF.search(content):
             raise UserError(f"{path}: message {number}: it holds half a character; write it anew")
     return Conversation(value.get("system"), messages)

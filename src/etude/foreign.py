@@ -73,6 +73,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def usual_mode(path: Path) -> None:
+    """Give `path` the mode that a new file or folder has here, by the umask.
+
+    What was written through a temporary file, as safetensors and mkdtemp do, only its owner may read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def check_model(folder: Path, name: str) -> None:
     """Refuse a model folder that would hang, grow or lead elsewhere when transformers reads it.
 

@@ -97,7 +97,8 @@ def attach(model: Any, settings: Lora, base_name: str, identity: str | None = No
         )
     peft_config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only ever divides by it
+        # Other programs refuse 128.0; PEFT itself only ever divides by it.
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules="all-linear" if everything else list(settings.target_modules),
         use_rslora=settings.use_rslora,
@@ -135,6 +136,7 @@ def save(model: Any, folder: Path) -> None:
     """Write a standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
     # save_embedding_layers would ask the Hub whether the vocabulary was resized; it never is here.
     model.save_pretrained(folder, save_embedding_layers=False)
+    foreign.usual_mode(folder / WEIGHTS)
 
 
 def restore(tuned: Any, folder: Path) -> None:

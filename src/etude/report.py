@@ -1,6 +1,8 @@
 """Tables and pictures: what a person reads of a run, as markdown, PNG and terminal tables."""
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from etude.data import Report, Row
 from etude.models import SAMPLE
+from etude.strict_yaml import scalar
 
 
 def data_table(reports: Sequence[Report]) -> Table:
@@ -41,12 +44,16 @@ def plan_table(rows: Sequence[tuple[str, int, str]]) -> Table:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of metrics.jsonl; one that a kill cut short is left out, and what is no such line."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for written in text.splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            line = json.loads(written)
+            losses = [float(line[key]) for key in ("loss", "eval_loss") if key in line]
+            if type(line["step"]) is int and all(map(math.isfinite, losses)):
+                found.append(line)
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
             continue
     return found
 
@@ -98,37 +105,38 @@ def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:
     """README.md of a run folder: what the adapter is, how it was trained, how to load it."""
     results, train = manifest["results"], manifest["data"]["train"]
     loss = f"{results['eval_loss']:.4f}" if results.get("eval_loss") is not None else "not measured"
-    converted = config.model.name == SAMPLE or config.model.name.endswith(".gguf")
-    source = f'locate("{config.model.name}")' if converted else f'"{config.model.name}"'
+    name, folder = config.model.name, config.output.dir
+    converted = name == SAMPLE or name.endswith(".gguf")
+    source = f"locate({name!r})" if converted else repr(name)
     folder_import = "from etude.models import locate\n" if converted else ""
     return f"""---
-base_model: {config.model.name}
+base_model: {scalar(name)}
 library_name: peft
 tags: [lora, etude]
 ---
 
-# {Path(config.output.dir).name}
+# {_cell(Path(folder).name)}
 
-A LoRA adapter for `{config.model.name}` ({manifest["base"]["identity"]}), trained with Etude
+A LoRA adapter for {_code(name)} ({manifest["base"]["identity"]}), trained with Etude
 {manifest["environment"]["libraries"]["etude"]}. {parameters}.
 
 | | |
 | --- | --- |
-| data | `{config.dataset.train}`, {train["kept"]:,} rows, format {train["format"]} |
-| rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {", ".join(config.lora.target_modules)} |
+| data | {_cell(_code(config.dataset.train))}, {train["kept"]:,} rows, format {train["format"]} |
+| rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {_cell(", ".join(config.lora.target_modules))} |
 | steps | {results["steps"]:,} of {config.training.batch_size * config.training.gradient_accumulation_steps} rows |
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats a token |
 
-`etude chat {config.output.dir}` talks to it; `etude evaluate {config.output.dir} --base` measures it;
-`etude train {config.output.dir}/config.yml output.dir=runs/again` trains it again. With PEFT alone:
+{_code(f"etude chat {folder}")} talks to it; {_code(f"etude evaluate {folder} --base")} measures it;
+{_code(f"etude train {folder}/config.yml output.dir=runs/again")} trains it again. With PEFT alone:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 {folder_import}
 base = AutoModelForCausalLM.from_pretrained({source})
-model = PeftModel.from_pretrained(base, "{config.output.dir}")
+model = PeftModel.from_pretrained(base, {folder!r})
 ```
 
 `manifest.json` tells versions, seeds, data fingerprints and the chat format.
@@ -262,7 +270,18 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: st
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _code(text: str) -> str:
+    """Text as code within a line, fenced by more backticks than it holds in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{_line(text)}{pad}{fence}"
 
 
 def write_evaluation(

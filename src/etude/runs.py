@@ -4,7 +4,9 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from etude import config as configuration
 from etude import device, foreign, lora, models
@@ -14,7 +16,7 @@ from etude.errors import UserError
 from etude.strict_yaml import scalar
 
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "train.log", "checkpoints"
 TEMPLATE_LIMIT = 2**20  # bytes
 LIBRARIES = (
     "etude",
@@ -38,10 +40,50 @@ class Target:
     adapter: Path | None
 
     def tuned(self) -> Any:
-        """The model to answer with: the adapter merged into the base (in place), or the base alone."""
+        """The model to answer with: the adapter merged into the base (in place), or the base alone.
+
+        A 4-bit base stays as it is: merged into it, the adapter would be rounded to 4 bits too.
+        """
         if self.adapter is None:
             return self.base.model
-        return lora.merge(lora.load(self.base.model, self.adapter))
+        tuned = lora.load(self.base.model, self.adapter)
+        return tuned if getattr(self.base.model, "is_quantized", False) else lora.merge(tuned)
+
+
+class _Checked(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _TrainedOn(_Checked):
+    name: str
+    identity: str
+    device: str
+
+
+class Manifest(_Checked):
+    """The part of a manifest.json that programs read."""
+
+    base: _TrainedOn | None = None
+    config: dict[str, Any] | None = None
+    chat_format: dict[str, Any] | None = None
+    data: dict[str, dict[str, Any]] = {}
+    environment: dict[str, Any] = {}
+
+
+class _Loss(_Checked):
+    split: Literal["train", "validation"]
+    data: str
+    rows: int = Field(ge=1)
+    value: float
+
+
+class Proof(_Checked):
+    """What a proof.json holds."""
+
+    sha256: str
+    dtype: str | None = None
+    quantization: Literal["int8", "nf4"] | None = None
+    loss: _Loss
 
 
 def open_config(name: str, overrides: list[str]) -> Config:
@@ -80,12 +122,12 @@ def open_target(name: str, overrides: list[str]) -> Target:
     """
     config = open_config(name, overrides)
     folder = foreign.expanded(name)
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     base, renderer = _load(config)
     adapter = folder if lora.is_adapter(folder) else None
     if adapter:
         lora.check_base(adapter, base.identity)
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
+    if manifest:
         check_base(name, manifest, base)
         renderer.check_state(manifest["chat_format"], name)
     return Target(base, renderer, config, adapter)
@@ -95,14 +137,9 @@ def check_base(name: str, manifest: dict[str, Any], base: models.Base) -> None:
     """Hold `base` against the one that the run `name` was trained on.
 
     Raises:
-        UserError: it is another one, or the manifest is not what Etude writes.
+        UserError: it is another one.
     """
-    made = manifest.get("base")
-    if not isinstance(made, dict) or not isinstance(manifest.get("chat_format"), dict):
-        raise UserError(
-            f"{name}: no base and chat_format in its {MANIFEST}; the run is damaged, train it again"
-        )
-    trained_on = made.get("identity")
+    trained_on = manifest["base"]["identity"]
     if trained_on != base.identity:
         raise UserError(
             f"{name}: this adapter was trained on another base ({trained_on}) than {base.name} is now "
@@ -112,7 +149,9 @@ def check_base(name: str, manifest: dict[str, Any], base: models.Base) -> None:
 
 def _load(config: Config) -> tuple[models.Base, Renderer]:
     place = device.choose(config.model.dtype, config.training.use_cpu)
-    base = models.load(config.model.name, place, config.model.revision)
+    # An int8 base is made for training; a 4-bit one where there is no room for another.
+    quantization = "nf4" if config.model.quantization == "nf4" else None
+    base = models.load(config.model.name, place, config.model.revision, quantization)
     return base, renderer_for(base, config)
 
 
@@ -146,6 +185,40 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read: {error}; the run is damaged, train it again"
         ) from None
+
+
+def read_manifest(folder: Path, *more: str) -> dict[str, Any]:
+    """The manifest of the run in `folder`, its form checked; it has a base, a chat_format and `more`.
+
+    Raises:
+        UserError: it is not what Etude writes.
+    """
+    manifest = read_checked(folder / MANIFEST, Manifest)
+    missing = [key for key in ("base", "chat_format", *more) if not manifest.get(key)]
+    if missing:
+        raise UserError(
+            f"{folder / MANIFEST}: no {', '.join(missing)} in it; the run is damaged, train it again"
+        )
+    return manifest
+
+
+def read_checked(path: Path, form: type[BaseModel]) -> dict[str, Any]:
+    """A JSON object from a run folder that has the form of `form`.
+
+    Raises:
+        UserError: unreadable, or another form.
+    """
+    value = read_json(path)
+    try:
+        form.model_validate(value)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise UserError(
+            f"{path}: not what Etude writes ({faults:.500}); the run is damaged, train it again"
+        ) from None
+    return value
 
 
 def environment() -> dict[str, Any]:

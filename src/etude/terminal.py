@@ -1,14 +1,18 @@
 """What the four programs share at the terminal: consoles, arguments, and how a mistake ends."""
 
 import contextlib
+import datetime
 import functools
 import io
 import logging
+import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from pathlib import Path
+from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -26,11 +30,76 @@ INTERRUPTED = 130
 # and the marks that reorder what is shown (arXiv:2111.00169).
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+
+class _Log:
+    """What a training reports, as lines with their time: in memory until its run has a folder."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self.kept: list[str] | None = None  # None: no training is running
+        self._begun = ""  # of a line that is not ended yet
+
+    def add(self, objects: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Add what is printed, without colours and control characters."""
+        if self.kept is None or not FIRST:
+            return
+        stream = io.StringIO()
+        plain = Console(
+            file=stream, width=100, highlight=False, soft_wrap=True, markup=False, color_system=None
+        )
+        plain.print(*objects, **options)
+        *whole, self._begun = (self._begun + stream.getvalue()).split("\n")
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self.kept += [f"{now} {printable(line).rstrip()}\n" for line in whole if line.strip()]
+        if self.file:
+            self.write()
+
+    def write(self) -> None:
+        """Append what was kept to the file in one piece, which a signal or a kill does not part."""
+        if self.file is None or not self.kept:
+            return
+        text, self.kept = "".join(self.kept), []
+        # A full disk ends the training where it saves something, with words of its own.
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(self.file, flags, 0o666)
+            try:
+                os.write(descriptor, text.encode(errors="replace"))
+            finally:
+                os.close(descriptor)
+
+
+_log = _Log()
+
+
+def start_log() -> None:
+    """Begin to keep what is printed: a training begins, and its run has no folder yet."""
+    if _log.file or _log.kept is None:
+        _log.file, _log.kept = None, []
+
+
+def log_to(file: Path) -> None:
+    """Append to `file` what was printed since `start_log`, and all that follows until the program ends."""
+    _log.file = file
+    if _log.kept and file.is_file() and file.stat().st_size:
+        _log.kept.insert(0, "\n")  # a kill may have left half a line
+    _log.write()
+
+
+class _Console(Console):
+    """A console that keeps what is printed for the log of a training."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as Console does."""
+        _log.add(objects, options)  # first: a closed stdout ends this here
+        super().print(*objects, **options)
+
+
 # Results go to stdout, all else to stderr, so that output can be piped.
 # Of several processes (torchrun) the first one speaks; a mistake is told by the first that meets it.
 # No markup: what is printed holds the user's texts, in which a bracket is a bracket.
-out = Console(highlight=False, soft_wrap=True, markup=False, quiet=not FIRST)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+out = _Console(highlight=False, soft_wrap=True, markup=False, quiet=not FIRST)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
@@ -48,6 +117,15 @@ def printable(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+def tell(*parts: str | Text) -> None:
+    """Print `parts` as one line on stderr, unless another process has said the same."""
+    line = Text.assemble(*parts)
+    if first_to_say(line.plain):
+        err.print(line)
+    else:
+        _log.add((line,), {})
+
+
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
 
@@ -58,14 +136,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
+        _log.file = _log.kept = None
         try:
             function(*args, **kwargs)
         except UserError as error:
             problem = str(error)
         except KeyboardInterrupt as interrupt:
-            text = str(interrupt.args[0]) if interrupt.args else "stopped"
-            if first_to_say(text):
-                err.print(f"\n{text}")
+            tell("\n", str(interrupt.args[0]) if interrupt.args else "stopped")
             raise typer.Exit(interrupt.args[1] if interrupt.args[1:] else INTERRUPTED) from None
         except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
             sys.stdout = None
@@ -76,11 +153,11 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             problem = _machine_is_full(error)
             if not problem:
+                _log.add((traceback.format_exc(),), {})
                 raise
         else:
             return
-        if first_to_say(problem):
-            err.print(Text("error: ", style="bold red"), printable(problem), sep="")
+        tell(Text("error: ", style="bold red"), printable(problem))
         raise typer.Exit(USER_ERROR)
 
     return wrapper
@@ -126,9 +203,7 @@ class _Notices(logging.Handler):
     """Log records as plain lines on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = printable(self.format(record))
-        if first_to_say(text):
-            err.print(text)
+        tell(printable(self.format(record)))
 
 
 def _quiet() -> None:
@@ -197,5 +272,9 @@ class Progress:
             return
         facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
         self._bar.update(self._task, completed=step, total=steps, facts=facts)
-        if not err.is_terminal and (step % self._every == 0 or step in (1, steps)):
-            err.print(f"step {step}/{steps}  {facts}")
+        if step % self._every == 0 or step in (1, steps):
+            line = f"step {step}/{steps}  {facts}"
+            if err.is_terminal:
+                _log.add((line,), {})
+            else:
+                err.print(line)

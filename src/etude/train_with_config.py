@@ -10,7 +10,6 @@ import math
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +76,10 @@ def train(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="go on although settings, data or base changed")
+        bool,
+        typer.Option(
+            "--force", help="go on although settings, data or base changed, or memory is short"
+        ),
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
@@ -95,6 +97,7 @@ def run_training(
     Raises:
         UserError: whatever stands in the way, or a proof that fails.
     """
+    terminal.start_log()
     training = settings.training
     ranks.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
     folder, checkpoint = open_folder(settings, resume, force)
@@ -112,7 +115,7 @@ def run_training(
     renderer = runs.renderer_for(outline, settings)
     examples, reports = encode(tables, renderer, settings)
     show_data(examples, reports, outline.tokenizer)
-    planned = make_plan(settings, outline, place, examples)
+    planned, _ = make_plan(settings, outline, place, examples, force)
 
     base = models.load(
         settings.model.name,
@@ -138,6 +141,7 @@ def run_training(
     settings = resolved(settings, tables["train"], base)
     if ranks.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force)
+        terminal.log_to(folder / runs.LOG)
     results = fit(model, settings, place, examples, folder, checkpoint)
     results["memory"] = {
         "plan": planned and dataclasses.asdict(planned),
@@ -241,7 +245,7 @@ def open_folder(
         # What was left open at the start was written out when it was found.
         and not (key in RESOLVED and configuration.value(settings, key) is None)
     }
-    processes = checkpoints.load_state(checkpoint)[0]["processes"]
+    processes = checkpoints.read_progress(checkpoint)["processes"]
     differing["processes"] = (processes, ranks.WORLD)
     changes = "; ".join(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
@@ -272,7 +276,7 @@ def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
     Raises:
         UserError: they changed.
     """
-    stored = {split: facts.get("sha256") for split, facts in manifest.get("data", {}).items()}
+    stored = {split: facts.get("sha256") for split, facts in manifest["data"].items()}
     now = {split: table.fingerprint for split, table in tables.items()}
     changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
     if changed:
@@ -305,7 +309,12 @@ def start_folder(
     metrics, lines = folder / runs.METRICS, []
     if checkpoint:
         stored = runs.read_json(folder / runs.STARTED)
-        for difference in runs.environment_differences(stored.get("environment", {}), environment):
+        before = stored.get("environment")
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{folder / runs.STARTED}: no environment in it; the run is damaged, train it again"
+            )
+        for difference in runs.environment_differences(before, environment):
             terminal.notice(f"since the training began: {difference}")
         differing = [key for key in facts if facts[key] != stored.get(key)]
         if differing:
@@ -384,21 +393,22 @@ def make_plan(
     outline: models.Outline,
     place: device.Device,
     examples: dict[str, list[Example]],
-) -> plan.Plan | None:
-    """Print what the training will take in memory and time; None where that cannot be told.
+    force: bool = False,
+) -> tuple[plan.Plan | None, bool]:
+    """Print what the training will take in memory and time, if it can be told; and whether it fits.
 
     Raises:
-        UserError: more than there is.
+        UserError: more than there is, and not `force`.
     """
     from etude import trainer
 
     steps = trainer.steps(settings, len(examples["train"]))
-    planned = plan.estimate(settings, outline, place, examples, steps)
+    planned, fits = plan.estimate(settings, outline, place, examples, steps), False
     if planned:
         terminal.out.print(report.plan_table(planned.rows()))
         terminal.say("plan", f"{planned}, {steps:,} steps")
-        plan.check(planned, settings, outline, place, examples, steps)
-    return planned
+        fits = plan.check(planned, settings, outline, place, examples, steps, force)
+    return planned, fits
 
 
 def show_data(
@@ -480,7 +490,6 @@ def fit(
         callbacks.append(
             transformers.EarlyStoppingCallback(settings.training.early_stopping_patience)
         )
-    started = time.perf_counter()
     with terminal.Progress(settings.training.logging_steps) as progress:
         recorder = trainer.Recorder(folder, progress.update)
         loop = trainer.StepTrainer(
@@ -506,18 +515,17 @@ def fit(
                     }
                 )
             loop.run(checkpoint)
+            seconds = loop.seconds
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise UserError(
             "The adapter holds numbers that are not finite, so it was not saved. Lower "
             "training.learning_rate, or use float32 in place of float16"
         )
-    seconds = time.perf_counter() - started
     return {
         "steps": loop.state.global_step,
+        # Of all sessions, where the training was interrupted.
         "seconds": round(seconds, 1),
-        "examples_per_second": round(
-            (loop.state.global_step - recorder.first_step) * rows / seconds, 2
-        ),
+        "examples_per_second": round(loop.timed_steps * rows / seconds, 2),
         "train_loss": loop.step_loss,
         "eval_loss": loop.state.best_metric,
         "engine": engine,

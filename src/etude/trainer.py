@@ -78,6 +78,20 @@ class StepTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._zero_told = False
+        # Seconds and steps of the sessions before this one, and when this one began.
+        self._before: tuple[float, int] = (0.0, 0)
+        self._began = time.perf_counter()
+        self._first_step = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to now: of this session, and of those before it up to its checkpoint."""
+        return self._before[0] + time.perf_counter() - self._began
+
+    @property
+    def timed_steps(self) -> int:
+        """How many steps `seconds` is for: all, or those since a checkpoint that gives no time."""
+        return self._before[1] + self.state.global_step - self._first_step
 
     def run(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` on if there is one; the best adapter is in the model at the end.
@@ -85,10 +99,18 @@ class StepTrainer(Trainer):
         Raises:
             UserError: the checkpoint with the best adapter was damaged in the meantime.
         """
-        progress = checkpoints.load_state(checkpoint)[0] if checkpoint else None
+        progress = checkpoints.read_progress(checkpoint) if checkpoint else None
+        if checkpoint and progress:
+            with checkpoints.reading(checkpoint):
+                state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                if state.global_step != progress["step"]:
+                    raise ValueError(f"{TRAINER_STATE_NAME}: global_step")
+            self._before = progress.get("seconds", 0.0), progress.get("timed_steps", 0)
+            self._first_step = progress["step"]
+        self._began = time.perf_counter()
         if checkpoint and progress and progress["ended"]:
             lora.restore(self.model, checkpoint)
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.state = state
             self.step_loss = progress["step_loss"]
             if self.args.should_save:
                 self._retain()  # the kill may have come before or amid it
@@ -309,6 +331,8 @@ class StepTrainer(Trainer):
                 "processes": self.args.world_size,
                 "step_loss": self.step_loss,
                 "tokens_seen": self.tokens_seen,
+                "seconds": self.seconds,
+                "timed_steps": self.timed_steps,
                 "loss_since_log": float(self._tr_loss),
                 "last_log": self._globalstep_last_logged,
                 "groups": groups,
@@ -338,10 +362,11 @@ class StepTrainer(Trainer):
         progress, tensors = checkpoints.load_state(Path(checkpoint))
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
-        scheduler.load_state_dict(progress["scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        with checkpoints.reading(Path(checkpoint)):
+            optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
+            scheduler.load_state_dict(progress["scheduler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step_loss, self.tokens_seen = progress["step_loss"], progress["tokens_seen"]
         self._saved_step = progress["step"]
         self._resumed = progress
@@ -359,7 +384,8 @@ class StepTrainer(Trainer):
                 for key in ("random.cpu", "random.cuda"):
                     if key in tensors:
                         tensors[key] = tensors[key][own].clone()
-            checkpoints.set_random_state(progress["random"], tensors)
+            with checkpoints.reading(Path(checkpoint)):
+                checkpoints.set_random_state(progress["random"], tensors)
 
     def restore_log(self) -> None:
         """Take up the sum of losses since the last log line, which Trainer begins anew."""
@@ -375,24 +401,22 @@ class Recorder(TrainerCallback):
         self._file = folder / METRICS
         self._show = show
         self.trainer: StepTrainer | None = None
-        self._started = time.perf_counter()
-        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock, at the step that a resumed training begins with."""
+        """Note where this session begins; a resumed training begins with a later step."""
         assert self.trainer is not None
         self.trainer.restore_log()
-        self._started = time.perf_counter()
-        self.first_step = state.global_step
+        self._started = self.trainer.seconds
+        self._first_step = state.global_step
         self._first_tokens = self.trainer.tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
         assert self.trainer is not None
-        seconds = time.perf_counter() - self._started
+        seconds = self.trainer.seconds - self._started
         speed = (self.trainer.tokens_seen - self._first_tokens) / seconds
         left = (
-            seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            seconds / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
         )
         self._show(state.global_step, state.max_steps, self.trainer.step_loss, speed, left)
 
@@ -405,11 +429,12 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line to metrics.jsonl; the summary at the end stands in the manifest."""
+        assert self.trainer is not None
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or {}):
             return
         line = {
             "step": state.global_step,
-            "seconds": round(time.perf_counter() - self._started, 2),
+            "seconds": round(self.trainer.seconds, 2),
             **(logs or {}),
         }
         with self._file.open("a", encoding="utf-8") as stream:
