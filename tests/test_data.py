@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import math
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -1003,10 +1005,93 @@ def test_sample_draws_by_seed_in_order(table):
     assert data.sample(table, None, seed=3) is table and data.sample(table, 99, seed=3) is table
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 25), st.sampled_from("abcdef")), min_size=2, max_size=60
+    ),
+    share=st.floats(0.01, 0.9),
+    seed=st.integers(0, 5),
+)
+def test_the_cut_of_a_classification_leaves_every_class_a_row_to_train_on(rows, share, seed):
+    made = [data.Row(n, [], f"text {text}", label) for n, (text, label) in enumerate(rows, 1)]
+    table = data.Table("x", "classification", made, "", sorted({label for _, label in rows}))
+    train, held = data.split_rows(table, share, seed)
+    cut = held.rows if held else []
+    assert sorted([*train.rows, *cut], key=lambda row: row.line) == made
+    assert not {row.text for row in train.rows} & {row.text for row in cut}
+    assert {row.label for row in train.rows} == {row.label for row in made}
+    assert len({row.text for row in cut}) <= max(1, round(len({text for text, _ in rows}) * share))
+    assert data.split_rows(table, share, seed) == (train, held)
+
+
+def classified(*pairs):
+    rows = [data.Row(n, [], text, label) for n, (text, label) in enumerate(pairs, 1)]
+    return data.Table("x.jsonl", "classification", rows, "", sorted({r.label for r in rows}))
+
+
+def test_a_cut_is_stratified_and_a_class_of_one_row_stays():
+    table = classified(
+        *((f"t{n}", "often" if n % 10 else "seldom") for n in range(200)), ("one", "once")
+    )
+    train, held = data.split_rows(table, 0.1, seed=1)
+    assert Counter(row.label for row in held.rows) == {"often": 18, "seldom": 2}
+    assert sum(row.label == "once" for row in train.rows) == 1
+    # Every class of one row: nothing can be cut.
+    alone = classified(("a", "x"), ("b", "y"), ("c", "z"))
+    assert data.split_rows(alone, 0.5, seed=1) == (alone, None)
+    # Without classes the draw is what it was.
+    texts = [data.Row(n, [], f"t{n}") for n in range(10)]
+    _, held = data.split_rows(data.Table("x", "text", texts, ""), 0.3, seed=1)
+    assert {r.line for r in held.rows} == set(random.Random(1).sample(range(10), 3))
+
+
+def test_classes_with_one_row_or_none_are_reported(renderer):
+    table = classified(("a", "x"), ("b", "x"), ("c", "y"), ("c", "y"))
+    table = dataclasses.replace(table, labels=["w", "x", "y", "z"])
+    _, report = data.encode(table, renderer, Dataset(), "train")
+    assert report.few == {"w": 0, "y": 1, "z": 0}
+    assert report.notices()[-2:] == [
+        "train: no row to learn the labels 'w', 'z' from",
+        "train: a single row to learn the label 'y' from",
+    ]
+    # A row that is dropped for its length teaches nothing either; a held-out split needs no word.
+    long = classified(("a", "x"), ("b", "x"), ("so " * 600, "y"), ("d", "z"), ("e", "z"))
+    _, report = data.encode(long, renderer, Dataset(), "train")
+    assert "train: no row to learn the label 'y' from" in report.notices()
+    _, report = data.encode(table, renderer, Dataset(), "validation")
+    assert not any("to learn" in notice for notice in report.notices())
+
+
+def test_one_text_with_two_labels_is_a_contradiction(renderer):
+    table = classified(("a", "x"), ("b", "y"), ("a", "y"), ("a", "x"), ("b", "y"), ("c", "x"))
+    _, report = data.encode(table, renderer, Dataset(), "train")
+    assert (report.duplicates, report.contradictions) == ([4, 5], [(3, 1)])
+    assert (
+        "train: 1 of 6 rows have the text of another row and another label: line 3 contradicts "
+        "line 1; one of each pair is wrong" in report.notices()
+    )
+    other = classified(("c", "y"), ("new", "x"), ("b", "y"), ("b", "x"))
+    assert data.overlap(table, other, "test") == (
+        "test: 1 of 4 rows are in train too, so its figures flatter: line 3; test: 2 of 4 rows have "
+        "the text of another row and another label: line 1 contradicts train's line 6, line 4 "
+        "contradicts train's line 2; one of each pair is wrong"
+    )
+    # A question can have several answers, and a conversation can go on in many ways.
+    talks = [
+        data.Row(
+            n,
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}],
+        )
+        for n, answer in enumerate(["Hello", "Hi there", "Hello"], 1)
+    ]
+    assert data.repeats(talks) == ([3], [])
+
+
 def test_overlap_is_told_with_its_lines(write, table):
     other = data.read(write("test.jsonl", pairs("new", "3", "7")), Dataset())
     assert data.overlap(table, other, "test") == (
-        "test: 2 of 3 rows stand in train too, so its figures flatter: lines 2, 3"
+        "test: 2 of 3 rows are in train too, so its figures flatter: lines 2, 3"
     )
 
 

@@ -4,8 +4,10 @@ import json
 import math
 import re
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from typer.testing import CliRunner
 
@@ -73,6 +75,63 @@ def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
 )
 def test_parse_label(response, label):
     assert evaluation.parse_label(response, ["negative", "neutral", "positive"]) == label
+
+
+@pytest.mark.parametrize(
+    ("labels", "response", "label"),
+    [
+        # the longest of labels that hold one another
+        (["hate", "not hate"], "not hate", "not hate"),
+        (["hate", "not hate"], "This is  Not Hate.", "not hate"),
+        (["hate", "not hate"], "hate", "hate"),
+        (["hate", "not hate"], "It is hate, not hate speech", None),
+        (["neutral", "positive", "very positive"], "Label: very positive", "very positive"),
+        (["good enough", "not good"], "not good enough", None),  # neither holds the other
+        # exact before caseless
+        (["Bad", "bad"], "bad", "bad"),
+        (["Bad", "bad"], "It is Bad.", "Bad"),
+        (["Bad", "bad"], "BAD", None),
+        (["Bad", "good"], "bad!", "Bad"),
+        # a label that is denied
+        (["negative", "positive"], "not positive", None),
+        (["negative", "positive"], "It isn't really positive.", None),
+        (["negative", "positive"], "non-positive", None),
+        (["negative", "positive"], "No, it is positive.", "positive"),
+        (["no", "yes"], "No.", "no"),
+        # signs
+        (["+", "-"], "-", "-"),
+        (["+", "-"], "The answer is: +.", "+"),
+        (["+", "-"], "+ or -", None),
+        (["c", "c++", "c#"], "It is C++.", "c++"),
+        (["c", "java"], "c++", None),
+        (["+1", "-1", "1"], "The score is -1.", "-1"),
+        (["+1", "-1", "1"], "**+1**", "+1"),
+        (["0", "1"], "-1", None),
+        (["0", "1"], "the answer is 1.", "1"),
+        (["3", "4"], "3.5", None),
+        (["A", "A-", "B"], "I give it an A-", "A-"),
+        (["A", "B"], "A-", None),
+    ],
+)
+def test_a_label_among_others(labels, response, label):
+    assert evaluation.parse_label(response, labels) == label
+    assert evaluation.parse_label(response, labels[::-1]) == label
+
+
+WORDS = st.text("abAB +-#1", min_size=1, max_size=6).map(configuration.normal_label).filter(bool)
+
+
+@hypothesis.given(
+    labels=st.lists(WORDS, min_size=2, max_size=6, unique_by=str.casefold),
+    around=st.sampled_from(["{}", "{}.", '"{}"', "**{}**", " ({})! ", "`{}`\n"]),
+    change=st.sampled_from([str, str.upper, str.lower]),
+)
+def test_a_label_in_any_case_and_punctuation_is_itself_whatever_the_others(labels, around, change):
+    label = labels[0]
+    text = around.format(change(label))
+    assert evaluation.parse_label(text, labels) == label
+    assert evaluation.parse_label(text, labels[::-1]) == label
+    assert evaluation.parse_label(label, [*labels, label.swapcase(), f"x {label}"]) == label
 
 
 def test_last_answer_supervises_the_last_stretch_only():

@@ -90,7 +90,13 @@ class Table:
 
 @dataclass
 class Report:
-    """What became of every row of one split; lists hold line numbers."""
+    """What became of every row of one split; lists hold line numbers.
+
+    Attributes:
+        contradictions: (line, earlier line) of rows with one text and two labels.
+        labels: rows kept of each class.
+        few: classes with one row kept, or none: how many.
+    """
 
     split: str
     source: str
@@ -103,15 +109,17 @@ class Report:
     truncated: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)
+    contradictions: list[tuple[int, int]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    few: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, line: int) -> None:
         """Count a row that is not used."""
         self.dropped.setdefault(reason, []).append(line)
 
     def notices(self) -> list[str]:
-        """Sentences about rows changed, dropped or standing twice; empty when all is well."""
-        return _fates(self.split, self.dropped, self.rows) + [
+        """Sentences about rows changed, dropped, repeated or contradicted; empty when all is well."""
+        found = _fates(self.split, self.dropped, self.rows) + [
             f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}"
             for what, lines in (
                 ("truncated, end token kept", self.truncated),
@@ -119,6 +127,52 @@ class Report:
             )
             if lines
         ]
+        found += contradicting(self.split, self.rows, self.contradictions)
+        for count, what in enumerate(("no row", "a single row")):
+            names = [repr(label) for label, number in self.few.items() if number == count]
+            if names and self.split == "train":
+                found.append(
+                    f"train: {what} to learn the label{'s' * (len(names) > 1)} "
+                    f"{', '.join(names[:LINES_SHOWN])}{', ...' * (len(names) > LINES_SHOWN)} from"
+                )
+        return found
+
+
+def contradicting(
+    name: str, rows: int, pairs: Sequence[tuple[int, int]], where: str = ""
+) -> list[str]:
+    """A sentence about rows of `name` with the text of another row and another label, if any.
+
+    `pairs` are their lines and those of the other rows, which are in `where`.
+    """
+    if not pairs:
+        return []
+    shown = ", ".join(
+        f"line {line} contradicts{where} line {at}" for line, at in pairs[:LINES_SHOWN]
+    )
+    return [
+        f"{name}: {len(pairs)} of {rows} rows have the text of another row and another label: "
+        f"{shown}{', ...' * (len(pairs) > LINES_SHOWN)}; one of each pair is wrong"
+    ]
+
+
+def repeats(rows: Sequence[Row]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The lines of rows that repeat an earlier row, and (line, earlier line) of those that contradict one.
+
+    The same text with another label is a contradiction. The same question with another answer is
+    none: a conversation can go on in many ways.
+    """
+    seen: dict[str, dict[str | None, int]] = {}
+    duplicates: list[int] = []
+    contradictions: list[tuple[int, int]] = []
+    for row in rows:
+        labels = seen.setdefault(row.key, {})
+        if row.label in labels:
+            duplicates.append(row.line)
+        elif labels:
+            contradictions.append((row.line, next(iter(labels.values()))))
+        labels.setdefault(row.label, row.line)
+    return duplicates, contradictions
 
 
 def _fates(split: str, dropped: Mapping[str, Sequence[int]], rows: int) -> list[str]:
@@ -257,12 +311,10 @@ def encode(
     report = Report(split, table.source, table.format, rows, dropped=dropped)
     if table.labels:
         check_labels(renderer, table.labels)
+    report.duplicates, report.contradictions = repeats(table.rows)
     examples: list[Example] = []
-    seen: set[str] = set()
+    different: set[tuple[str, str]] = set()
     for row in table.rows:
-        if row.key in seen:
-            report.duplicates.append(row.line)
-        seen.add(row.key)
         messages = conversation(row, table.labels, settings)
         try:
             example = (
@@ -288,6 +340,9 @@ def encode(
         report.longest = max(report.longest, len(example))
         if row.label is not None:
             report.labels[row.label] = report.labels.get(row.label, 0) + 1
+            different.add((row.key, row.label))
+    numbers = Counter(label for _, label in different)
+    report.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
     if not examples:
         raise UserError(
             f"{table.source}: none of {report.rows} rows is left for {split}:\n  "
@@ -313,7 +368,10 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | None]:
-    """Cut a share of the rows off for validation, drawn by `seed`; the same rows stay together."""
+    """Cut a share of the rows off for validation, drawn by `seed`; the same rows stay together.
+
+    Every class of a classification gives its share, and keeps a row to train on.
+    """
     groups: dict[str, list[Row]] = {}
     for row in table.rows:
         groups.setdefault(row.key, []).append(row)
@@ -322,7 +380,14 @@ def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | No
     count = min(max(1, round(len(keys) * share)), len(keys) - 1) if share else 0
     if not count:
         return table, None
-    held = set(random.Random(seed).sample(keys, count))
+    draw = random.Random(seed)
+    if table.labels:
+        classes = {key: {str(row.label) for row in rows} for key, rows in groups.items()}
+        held = _stratified(classes, count, draw)
+        if not held:
+            return table, None
+    else:
+        held = set(draw.sample(keys, count))
 
     def part(chosen: bool) -> Table:
         rows = [row for row in table.rows if (row.key in held) == chosen]
@@ -330,6 +395,30 @@ def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | No
         return replace(table, rows=rows, dropped={} if chosen else table.dropped)
 
     return part(False), part(True)
+
+
+def _stratified(classes: Mapping[str, set[str]], count: int, draw: random.Random) -> set[str]:
+    """At most `count` keys of `classes`, each class's share of them, and never the last of a class."""
+    left = Counter(label for labels in classes.values() for label in labels)
+    order = draw.sample(list(classes), len(classes))
+    # One text can have several labels (a contradiction): it counts in the rarest class.
+    home = {key: min(classes[key], key=lambda label: (left[label], label)) for key in order}
+    exact = {label: n * count / len(order) for label, n in Counter(home.values()).items()}
+    quota = {label: int(n) for label, n in exact.items()}
+    by_remainder = sorted(exact, key=lambda label: (quota[label] - exact[label], label))
+    for label in by_remainder[: count - sum(quota.values())]:
+        quota[label] += 1
+    held: set[str] = set()
+    # Where a class cannot give its share, any other fills up in the second round.
+    for by_quota in (True, False):
+        for key in order:
+            if key in held or len(held) == count or (by_quota and quota[home[key]] < 1):
+                continue
+            if all(left[label] > 1 for label in classes[key]):
+                held.add(key)
+                quota[home[key]] -= 1
+                left.subtract(classes[key])
+    return held
 
 
 def sample(table: Table, max_rows: int | None, seed: int) -> Table:
@@ -341,15 +430,26 @@ def sample(table: Table, max_rows: int | None, seed: int) -> Table:
 
 
 def overlap(train: Table, other: Table, name: str) -> str | None:
-    """A sentence about rows of `other` that also stand in `train`, or None."""
-    known = {row.key for row in train.rows}
-    lines = [row.line for row in other.rows if row.key in known]
-    if not lines:
-        return None
-    return (
-        f"{name}: {len(lines)} of {len(other.rows)} rows stand in train too, so its figures "
-        f"flatter: {_lines(lines)}"
-    )
+    """A sentence about rows of `other` that are in `train` too, or contradict it, or None."""
+    known: dict[str, dict[str | None, int]] = {}
+    for row in train.rows:
+        known.setdefault(row.key, {}).setdefault(row.label, row.line)
+    shared = [row for row in other.rows if row.key in known]
+    lines = [row.line for row in shared if row.label in known[row.key]]
+    contradictions = [
+        (row.line, next(iter(known[row.key].values())))
+        for row in shared
+        if row.label not in known[row.key]
+    ]
+    rows = len(other.rows)
+    found = contradicting(name, rows, contradictions, " train's")
+    if lines:
+        found.insert(
+            0,
+            f"{name}: {len(lines)} of {rows} rows are in train too, so its figures flatter: "
+            f"{_lines(lines)}",
+        )
+    return "; ".join(found) or None
 
 
 def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:

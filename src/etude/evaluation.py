@@ -5,13 +5,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
-from etude.config import Config
+from etude.config import Config, normal_label
 from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError
 from etude.foreign import expanded
@@ -145,6 +146,8 @@ def measure_labels(
 ) -> dict[str, Any]:
     """Predict the label of every row and compare with the truth."""
     labels = cast(list[str], table.labels)
+    for notice in data.contradicting("test", len(table.rows), data.repeats(table.rows)[1]):
+        terminal.err.print(f"notice    {terminal.printable(notice)}")
     prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
     refuse_beyond_window(model, renderer, prompts, table)
     if settings.evaluation.method == "likelihood":
@@ -244,18 +247,69 @@ def last_answer(example: Example) -> Example:
     return Example(example.ids, [yes and at >= start for at, yes in enumerate(example.supervised)])
 
 
+# What may stand around a label that is all of a response; signs are not among them.
+WRAPPING = " \t.,:;!?\"'*`_()[]{}\u2018\u2019\u201c\u201d\u00ab\u00bb\u2026\u3002"
+# A word that turns what follows into its opposite, and up to three words between.
+NEGATED = re.compile(
+    r"(?:\b(?:not|never|nor|neither|cannot|non|nicht|kein\w*|pas)|n['\u2019]t)(?:\s+\w+){0,3}\s+$"
+    r"|\bno(?:\s+\w+)?\s+$"
+)
+
+
 def parse_label(response: str, labels: Sequence[str]) -> str | None:
-    """The label that a response means: itself, or the only one in it as a whole word; None if unclear."""
-    plain = response.strip().strip(".!\"'*`").casefold()
+    """The label that a response means: all of it, or the only one in it as a whole word; None if unclear.
+
+    Of labels that hold one another the longest counts ("not hate" is not "hate"); of labels that
+    differ in case only, the one that is spelled so. A label that is denied ("not positive") is none.
+    """
+    text = normal_label(response)
+    if text in labels:
+        return text
+    folded = text.casefold()
+    spellings: dict[str, list[str]] = {}
     for label in labels:
-        if plain == label.casefold():
-            return label
-    found = [
-        label
-        for label in labels
-        if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", response.casefold())
-    ]
-    return found[0] if len(found) == 1 else None
+        if label.casefold() in folded:
+            spellings.setdefault(label.casefold(), []).append(label)
+    whole = [form for form in spellings if not _around(folded, form).strip(WRAPPING)]
+    longest = max(map(len, whole), default=0)
+    found = {form for form in whole if len(form) == longest}
+    if not found:
+        spans = {
+            (match.start(), match.end()): form
+            for form in spellings
+            for match in _whole_word(form).finditer(folded)
+        }
+        outer = [
+            (start, end)
+            for start, end in spans
+            if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans)
+        ]
+        if any(NEGATED.search(folded[max(0, start - 80) : start]) for start, _ in outer):
+            return None
+        found = {spans[span] for span in outer}
+    if len(found) != 1:
+        return None
+    alike = spellings[found.pop()]
+    exact = [label for label in alike if label in text]
+    return alike[0] if len(alike) == 1 else exact[0] if len(exact) == 1 else None
+
+
+def _around(text: str, part: str) -> str:
+    """What is left of `text` without its wrapping and `part`."""
+    before, _, after = text.partition(part)
+    return before + after
+
+
+@lru_cache(maxsize=4096)
+def _whole_word(form: str) -> re.Pattern[str]:
+    """Finds a label in a text, and not in a longer word, number or name with a sign (c++, -1, A-)."""
+    first, last = form[0], form[-1]
+    before, after = r"(?<![\w+#])(?<!\w-)", r"(?![\w+#]|-(?![\w-]))"
+    if not first.isalpha():
+        before += r"(?<![-\u2212])(?<!\d[.,])"
+    if last.isdigit():
+        after += r"(?![-.,]\d)"
+    return re.compile(before + re.escape(form) + after)
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
