@@ -221,6 +221,8 @@ NEARLY = [
     (["Prompt", "response"], "{completion: response}"),
     (["instruction", "response"], "{output: response}"),
     (["document", "id"], "{text: document}"),
+    (["document", "summary"], "{prompt: document, completion: summary}"),
+    (["text", "input", "output"], "{prompt: input, completion: output}"),
 ]
 
 
@@ -302,6 +304,7 @@ MEANS = {
         "the prompt would lack it; join it to the prompt (in format alpaca: dataset.columns: {input:",
     ),
     "documents": ({"prompt": "a", "completion": "b", "documents": ["c"]}, "'documents' is filled: the answer"),
+    "second-text": ({"text": "a", "label": "b", "sentence2": "c"}, "'sentence2' is filled: the answer rests"),
     "images": ({"messages": PAIR, "images": ["a.png"]}, "'images' is filled: only text"),
     "rejected": ({"prompt": "a", "completion": "b", "rejected": "c"}, "'rejected' is filled: preferences"),
     "verdict": ({"prompt": "a", "completion": "b", "label": False}, "'label' is filled: a verdict on the answer"),
@@ -329,6 +332,7 @@ MEANS = {
 def test_what_changes_a_rows_meaning_is_refused_by_name(write, row, phrase):
     plain = {"prompt": "q", "completion": "c"} if "messages" not in row else {"messages": PAIR}
     plain = {"instruction": "q", "output": "c"} if "instruction" in row else plain
+    plain = {"text": "q", "label": "c"} if "text" in row else plain
     message = refusal(write("x.jsonl", [plain, row]))
     assert phrase in message and "x.jsonl:2: " in message
 

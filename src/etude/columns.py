@@ -31,24 +31,25 @@ FIELDS = {name for part in (FORMATS, OPTIONAL) for names in part.values() for na
 TURN_FLAGS = ("weight", "train", "training", "loss")
 ROW_FLAGS = ("weight", "train", "training")
 
-# Other names that people give to a field: proposed, but never mapped without being asked.
+# Other names that people give to a field, the likeliest first: proposed, never mapped unasked.
 _ANSWERS = (
-    "answer answers response responses output outputs completion reply assistant solution summary "
-    "translation generation chosen"
+    "completion answer answers response responses output outputs reply assistant solution summary "
+    "highlight translation generation chosen"
+)
+_TEXTS = (
+    "text sentence review tweet comment content body document article passage post headline "
+    "utterance message title"
 )
 _ALIKE = {
-    field: frozenset(names.split())
+    field: names.split()
     for field, names in {
-        "text": (
-            "text sentence review tweet comment content body document article passage post "
-            "headline utterance question query prompt input message title"
-        ),
+        "text": f"{_TEXTS} question query prompt input",
         "label": (
             "label class classes category categories sentiment target topic intent emotion "
             "polarity stars rating score quality tag grade annotation verdict gold truth toxic "
             "toxicity spam y"
         ),
-        "prompt": "prompt question query input instruction user problem request text",
+        "prompt": f"prompt question query input instruction user problem request {_TEXTS}",
         "completion": _ANSWERS,
         "output": _ANSWERS,
         "instruction": "instruction",
@@ -82,7 +83,10 @@ _MEANING = {
         "tools tool_calls functions function_call tool_call_id": _TOOLS,
         "reasoning reasoning_content thinking thought": _REASONING,
         "history chat_history conversation_history past_turns previous_turns": _HISTORY,
-        "context document passage knowledge evidence choices options": _CONTEXT,
+        (
+            "context document passage knowledge evidence choices options premise hypothesis aspect "
+            "text2 text_pair sentence2 question2"
+        ): _CONTEXT,
         "image image_url audio video": _MEDIA,
         "chosen rejected": _PREFERENCE,
         "mask loss_mask loss_weight sample_weight train_detail training_detail": _MASK,
@@ -347,8 +351,9 @@ def _proposal(
         for field in FORMATS[form]:
             free = [name for name in present if name not in taken.values()]
             near = found.get(field) or [name for name in free if _like(name, field)]
+            likely = [name for word in _ALIKE[field] for name in near if plain(name) == word]
             if near:
-                taken[field] = near[0]
+                taken[field] = (likely + near)[0]
         more = {field: name for field, name in taken.items() if field not in found}
         if len(taken) == len(FORMATS[form]) and more:
             return written(more)
