@@ -296,6 +296,21 @@ def test_one_text_gets_a_response_its_quality_and_perplexity(tiny_model):
         assert word in result.output
 
 
+def test_a_report_counts_the_rows_that_were_skipped(tiny_model, files, tmp_path):
+    flawed = tmp_path / "flawed.jsonl"
+    flawed.write_text((files / "quality.jsonl").read_text() + '{"prompt": "a", "completion": ""}\n')
+    arguments = ["evaluate", tiny_model, "--data", flawed, "--out", tmp_path / "out"]
+    result = etude(*arguments)
+    assert result.exit_code == 2 and "flawed.jsonl:3: completion is empty" in result.output
+    result = etude(*arguments, "dataset.on_bad_row=skip")
+    assert result.exit_code == 0, result.output
+    assert "test: 1 of 3 rows dropped (skipped: completion is empty): line 3" in result.output
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["data"]
+    assert found["rows"] == 2 and found["dropped"] == {"skipped: completion is empty": [3]}
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "- dropped: 1 (skipped: completion is empty)" in page
+
+
 def test_given_quality_labels_are_held_against_the_heuristics(tiny_model, files, tmp_path):
     result = etude(
         "evaluate", tiny_model, "--data", files / "quality.jsonl", "--out", tmp_path / "out"

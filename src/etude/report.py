@@ -238,6 +238,9 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
         f"# {result['target']}",
         f"{source['rows']:,} rows of `{source['source']}` (format {source['format']}, "
         f"method {result['method']})" + (f"; base `{result['base']}`." if result["base"] else "."),
+        "\n".join(
+            f"- dropped: {len(lines):,} ({reason})" for reason, lines in source["dropped"].items()
+        ),
         _markdown_table(head, rows),
         verdict(result),
     ]
