@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Columns:
 
 def plain(name: object) -> str:
     """A name as names are compared: caseless, without white space or a byte order mark around it."""
-    return str(name).replace("\ufeff", "").strip().casefold()
+    return unicodedata.normalize("NFC", str(name)).replace("\ufeff", "").strip().casefold()
 
 
 def filled(value: object) -> bool:

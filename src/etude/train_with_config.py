@@ -372,7 +372,9 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
     # As read: what is cut from train has the columns of all its rows.
     for name, used in (("train", table), ("validation", others.get("validation"))):
         if used and used.unused:
-            columns = ", ".join(f"{column} ({n:,})" for column, n in used.unused.items())
+            columns = ", ".join(
+                f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
+            )
             terminal.notice(f"{name}: columns unused: {columns}")
     tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
     return tables
