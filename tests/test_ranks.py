@@ -1,7 +1,9 @@
 """Several real processes: they train what one trains, and a mistake or a loss is told once."""
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -174,3 +176,88 @@ def test_processes_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "gather", lambda facts: [facts, {"the examples": "b"}])
     with pytest.raises(UserError, match="the examples: b in process 1, a in process 0"):
         ranks.agree({"the examples": "a"})
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "1"}, "RANK='1' stands in the environment without WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0"}, "unset RANK"),
+        ({"WORLD_SIZE": "2"}, "without RANK, MASTER_ADDR, MASTER_PORT.*unset WORLD_SIZE"),
+        ({"LOCAL_RANK": "0"}, "without RANK, WORLD_SIZE.*unset LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR, MASTER_PORT.*unset RANK WORLD_SIZE"),
+        ({**WHOLE, "MASTER_ADDR": ""}, "without MASTER_ADDR"),
+        ({**WHOLE, "RANK": "one"}, "RANK='one' in the environment is no number"),
+        ({**WHOLE, "RANK": ""}, "without RANK"),
+        ({**WHOLE, "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' in the environment is no number"),
+        ({**WHOLE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is no number"),
+        ({**WHOLE, "RANK": "2"}, "RANK='2', WORLD_SIZE='2' in the environment cannot be"),
+        ({**WHOLE, "LOCAL_RANK": "5"}, "cannot be"),
+        ({**WHOLE, "WORLD_SIZE": "0"}, "cannot be"),
+        # What must stay right.
+        ({}, None),
+        (WHOLE, None),
+        ({**WHOLE, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "SLURM_PROCID": "3"}, None),
+    ],
+)  # fmt: skip
+def test_variables_that_a_launcher_left_are_named(environment, words, monkeypatch):
+    for key in (*WHOLE, "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if words is None:
+        ranks.check("chat")
+        return
+    with pytest.raises(UserError, match=words):
+        ranks.check("train")
+    assert "torchrun --nproc_per_node" in str(ranks.why_not_launched(environment))
+
+
+def test_a_program_that_is_one_process_is_not_run_by_several(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    ranks.check("train")
+    for program in ("evaluate", "chat", "reproduce"):
+        with pytest.raises(UserError, match=f"{program}: it is one process.*process 0 of 2"):
+            ranks.check(program)
+
+
+@pytest.mark.parametrize("key", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_mpirun_is_no_launcher_of_ours(monkeypatch, key):
+    monkeypatch.setenv(key, "1")
+    ranks.check_launcher("no")
+    monkeypatch.setenv(key, "2")
+    with pytest.raises(UserError, match=f"{key}=2 in the environment: mpirun"):
+        ranks.check_launcher("no")
+
+
+def test_who_waits_for_other_processes_says_for_whom(monkeypatch, caplog):
+    with caplog.at_level("WARNING", "etude"), ranks.joining():  # one process waits for nobody
+        pass
+    assert not caplog.records
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    monkeypatch.setattr(ranks, "RANK", 1)
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    for key, value in WHOLE.items():
+        monkeypatch.setenv(key, value)
+    before = signal.getsignal(signal.SIGINT)
+    with caplog.at_level("WARNING", "etude"), ranks.joining():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # so that it ends at once
+    assert signal.getsignal(signal.SIGINT) == before
+    assert (
+        "process 1 of 2 (RANK, WORLD_SIZE) waits for the others at 127.0.0.1:29500" in caplog.text
+    )
+    with (
+        pytest.raises(
+            UserError, match=r"did not meet the others at 127\.0\.0\.1:29500.*unset RANK"
+        ),
+        ranks.joining(),
+    ):
+        raise RuntimeError("The client socket has timed out")
+    with pytest.raises(RuntimeError, match="another"), ranks.joining():
+        raise RuntimeError("another mistake")

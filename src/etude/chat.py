@@ -16,7 +16,7 @@ from etude import lora, models, runs, terminal
 from etude.config import Generation
 from etude.conversation import RenderError
 from etude.dialogue import Conversation, fit, load, save
-from etude.errors import UserError, nearest
+from etude.errors import UserError, command, nearest
 from etude.foreign import expanded
 from etude.generation import Response, generate
 
@@ -239,8 +239,10 @@ def interactive(talk: Talk) -> None:
     name = f"{target.adapter} on {target.base.name}" if target.adapter else target.base.name
     say(f"{name}, {target.base.device.name}. /help lists the commands, Ctrl-D leaves.")
     if target.config.dataset.labels:
+        asked = target.adapter or target.base.name
         say(
-            f"This run classifies: etude evaluate {target.adapter} --text TEXT asks as in training."
+            f"This run classifies: {command('etude', 'evaluate', asked, '--text', 'TEXT')} asks as "
+            "in training."
         )
     if talk.compare:
         say("Each question goes to base and tuned; the conversation goes on with tuned's answers.")

@@ -7,7 +7,7 @@ import typer
 
 from etude import chat, data, evaluation, models, proof, runs, terminal, train_with_config
 from etude import config as configuration
-from etude.errors import UserError
+from etude.errors import UserError, command
 from etude.foreign import expanded
 
 app = typer.Typer(
@@ -36,7 +36,8 @@ def init(
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from None
-    terminal.out.print(f"Wrote {file}. Edit it, then: etude validate {file}; etude train {file}")
+    then = "; ".join(command("etude", program, file) for program in ("validate", "train"))
+    terminal.out.print(f"Wrote {file}. Edit it, then: {then}")
 
 
 @app.command()

@@ -4,12 +4,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from etude.errors import UserError, nearest
-from etude.strict_yaml import KeyPath, Layer, parse_yaml, read_yaml, scalar
+from etude.strict_yaml import UNFIT, KeyPath, Layer, parse_yaml, read_yaml, scalar
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -489,7 +490,10 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 def parse_override(text: str) -> Layer:
-    """Read one ``section.key=value`` from the command line; the value is YAML.
+    """Read one ``section.key=value`` from the command line.
+
+    The value of a key that takes text is that text as it stands; only where the key may be null, null or
+    nothing means that, and "null" in double quotes the word. Every other value is YAML.
 
     Raises:
         UserError: not of that form.
@@ -500,11 +504,38 @@ def parse_override(text: str) -> Layer:
         raise UserError(
             f"command line: {text!r} is not of the form section.key=value, for example lora.r=16"
         )
-    # Two levels deep, as in a file, where a bare null on the first level is an empty section.
-    parsed = parse_yaml(f"s:\n v: {value}", f"command line ({text})").values["s"]["v"]
     return Layer(
-        {section: {name: parsed}}, {(section,): "command line", (section, name): "command line"}
+        {section: {name: _value(section, name, value, f"command line ({text:.200})")}},
+        {(section,): "command line", (section, name): "command line"},
     )
+
+
+def _value(section: str, name: str, written: str, where: str) -> Any:
+    """What `written` on the command line is for the key section.name."""
+    field = Config.model_fields.get(section)
+    known = field and type(field.default).model_fields.get(name)
+    kinds = (
+        _kinds(known.annotation) if known else {str}
+    )  # an unknown key is the fault, not its value
+    if kinds <= {str, type(None)}:
+        if unfit := UNFIT.search(written):
+            raise UserError(f"{where}: {unfit[0]!r} is a NUL or half a character; write plain text")
+        words = {"null": None, "": None, '"null"': "null"} if type(None) in kinds else {}
+        return words.get(written, written)
+    # Two levels deep, as in a file, where a bare null on the first level is an empty section.
+    values = parse_yaml(f"s:\n v: {written}", where).values
+    if values.keys() != {"s"} or values["s"].keys() != {"v"}:
+        raise UserError(f"{where}: more than one value; give each key a setting of its own")
+    return values["s"]["v"]
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a value of `annotation` may have, those of Literal's values among them."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation}
 
 
 PRESETS = Path(__file__).parent / "presets"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etude import ranks
 from etude.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ def choose(
     import torch
 
     if not use_cpu and torch.cuda.is_available():
+        if ranks.WORLD > 1 and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                "LOCAL_RANK is not set in the environment, so this process does not know which GPU is its "
+                "own: give it its number on this machine (0, 1, ...), or let torchrun start them"
+            )
         if "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         name, where = "cuda", torch.cuda.get_device_name()

@@ -101,8 +101,7 @@ def in_a_new_process(folder: Path) -> str:
         )
     raise UserError(
         f"{folder}: the adapter was saved, but a new process could not prove that it lives, so the "
-        f"run is not finished: {problem:.2000}\nOnce that is mended: "
-        f"etude train {folder / runs.CONFIG} --resume output.dir={folder}"
+        f"run is not finished: {problem:.2000}\nOnce that is fixed, {runs.go_on(folder)}"
     )
 
 

@@ -4,18 +4,65 @@ torchrun (or `accelerate launch`, which calls it) starts the processes and tells
 environment who it is. Without such a launcher there is one process, and all of this does nothing.
 """
 
+import contextlib
 import datetime
 import hashlib
+import logging
 import os
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import UserError
+from etude.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+log = logging.getLogger(__name__)
+
+# What every launcher sets for each process; with LOCAL_RANK, its number on its own machine.
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def why_not_launched(environment: Mapping[str, str]) -> str | None:
+    """What is wrong with what `environment` says of this process's place among others; None if nothing.
+
+    Nothing at all, or WORLD_SIZE 1 with no RANK but 0, is one process by itself.
+    """
+    told = {
+        key: environment[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if key in environment
+    }
+    if not told or (
+        {"WORLD_SIZE": "1"}.items() <= told.items() <= {"WORLD_SIZE": "1", "RANK": "0"}.items()
+    ):
+        return None
+    said = ", ".join(f"{key}={value[:40]!r}" for key, value in told.items())
+    missing = [key for key in LAUNCHED if not environment.get(key)]
+    numbers = {**told, "MASTER_PORT": environment.get("MASTER_PORT", "0")}
+    odd = [key for key, value in numbers.items() if not (value.isascii() and value.isdecimal())]
+    if missing:
+        problem = f"{said} stands in the environment without {', '.join(missing)}"
+    elif odd:
+        problem = f"{', '.join(f'{key}={numbers[key][:40]!r}' for key in odd)} in the environment is no number"
+    elif any(int(told.get(key, 0)) >= int(told["WORLD_SIZE"]) for key in ("RANK", "LOCAL_RANK")):
+        problem = f"{said} in the environment cannot be: of N processes the last one is N-1"
+    else:
+        return None
+    return (
+        f"{problem}. A launcher sets these for one of several processes; they may be left over from one. "
+        f"For one process: unset {' '.join(told)}. For several: torchrun --nproc_per_node N -m "
+        "etude.train_with_config CONFIG sets them all"
+    )
+
+
+_whole = why_not_launched(os.environ) is None  # else `check` says so, and this one process speaks
+RANK = int(os.environ.get("RANK", 0)) if _whole else 0
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if _whole else 1
 FIRST = RANK == 0  # it speaks and writes for all
+# The programs that are one process, whatever the environment says.
+ALONE = ("init", "evaluate", "chat", "verify", "reproduce")
 # How long the launcher is asked who has spoken; it answers within milliseconds or is gone.
 PATIENCE = datetime.timedelta(seconds=5)
 
@@ -27,6 +74,77 @@ SPREAD = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
 }
+
+
+# By these, mpirun gives a number of processes, which accelerate would take up on a CPU.
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+WAIT = 1800  # seconds that the processes of a training wait for each other
+
+
+def check(program: str) -> None:
+    """Check what the environment says of this process's place among others, before `program` begins.
+
+    Raises:
+        UserError: half of what a launcher sets, or what cannot be; or several processes of a program
+            that is one.
+    """
+    fault = why_not_launched(os.environ)
+    if fault:
+        raise UserError(fault)
+    if WORLD > 1 and program in ALONE:
+        raise UserError(
+            f"{program}: it is one process, and by the environment this is process {RANK} of {WORLD}. Start "
+            "it without torchrun; where no launcher started it: unset RANK LOCAL_RANK WORLD_SIZE"
+        )
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Say what is waited for while the processes of a training that no torchrun started meet in the block.
+
+    Raises:
+        UserError: the others did not come.
+    """
+    if WORLD == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield
+        return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    log.warning(
+        "process %d of %d (RANK, WORLD_SIZE) waits for the others at %s, for at most %d minutes; "
+        "Ctrl-C ends it", RANK, WORLD, where, WAIT // 60,
+    )  # fmt: skip
+    try:
+        # The libraries wait outside of Python, where its own handlers are not called.
+        with on_signals(signal.SIG_DFL):
+            yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|store|socket|connect|address", str(error), re.I):
+            raise
+        raise UserError(
+            f"process {RANK} of {WORLD} did not meet the others at {where} ({first_line(error):.200}). Start as "
+            "many as WORLD_SIZE says, each with its RANK, or one alone: unset RANK LOCAL_RANK WORLD_SIZE"
+        ) from None
+
+
+@contextlib.contextmanager
+def on_signals(handler: Any) -> Iterator[None]:
+    """Let `handler` take what ends a program from outside: Ctrl-C, SIGTERM, SIGHUP.
+
+    In the main thread alone, for Python allows no other; and a SIGHUP that `nohup` turned off stays off.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    hung_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    numbers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, hung_up)) if main else {}
+    before = {number: signal.getsignal(number) for number in numbers}
+    if before.get(hung_up) == signal.SIG_IGN:
+        del before[hung_up]
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def check_launcher(mixed_precision: str) -> None:
@@ -42,6 +160,12 @@ def check_launcher(mixed_precision: str) -> None:
             f"accelerate launch: {', '.join(asked)}: Etude gives each process the whole base and shares out "
             "the rows. Use torchrun, or `accelerate launch --multi_gpu`; where the base does not fit, "
             "model.quantization: int8 or nf4 holds it in a quarter or an eighth of its memory"
+        )
+    mpi = [key for key in MPI if os.environ.get(key, "1") not in ("", "0", "1")]
+    if mpi and WORLD == 1:
+        raise UserError(
+            f"{mpi[0]}={os.environ[mpi[0]]} in the environment: mpirun asks for several processes, and Etude's are "
+            f"started by torchrun. For one process: unset {' '.join(mpi)}"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", mixed_precision):

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from etude.data import Report, Row
+from etude.errors import command
 from etude.models import SAMPLE
 from etude.strict_yaml import scalar
 
@@ -128,8 +129,10 @@ A LoRA adapter for {_code(name)} ({manifest["base"]["identity"]}), trained with 
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats a token |
 
-{_code(f"etude chat {folder}")} talks to it; {_code(f"etude evaluate {folder} --base")} measures it;
-{_code(f"etude train {folder}/config.yml output.dir=runs/again")} trains it again. With PEFT alone:
+{_code(command("etude", "chat", Path(folder)))} talks to it;
+{_code(command("etude", "evaluate", Path(folder), "--base"))} measures it;
+{_code(command("etude", "train", Path(folder, "config.yml"), "output.dir=runs/again"))} trains it
+again. With PEFT alone:
 
 ```python
 from peft import PeftModel

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from etude import config as configuration
-from etude import device, foreign, lora, models
+from etude import device, foreign, lora, models, ranks
 from etude.config import Config
 from etude.conversation import Renderer
-from etude.errors import UserError
-from etude.strict_yaml import scalar
+from etude.errors import UserError, command
 
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "train.log", "checkpoints"
@@ -86,6 +85,16 @@ class Proof(_Checked):
     loss: _Loss
 
 
+def go_on(folder: Path) -> str:
+    """How the training in `folder` is brought to its end: from a checkpoint, if it has one."""
+    if ranks.WORLD > 1:
+        return "give the same command again"
+    made = any((folder / CHECKPOINTS).glob("checkpoint-*"))
+    resume = ["--resume"] if made else []
+    again = command("etude", "train", folder / CONFIG, *resume, f"output.dir={folder}")
+    return f"{'go on with' if made else 'start it again'}: {again}"
+
+
 def open_config(name: str, overrides: list[str]) -> Config:
     """The configuration of a run, of an adapter made elsewhere, or the default one for a model's name.
 
@@ -104,14 +113,14 @@ def open_config(name: str, overrides: list[str]) -> Config:
     elif (folder / CONFIG).is_file():
         raise UserError(
             f"{name}: this run has no adapter yet; its training did not end. "
-            f"Go on with: etude train {folder / CONFIG} --resume output.dir={folder}"
+            f"To finish it, {go_on(folder)}"
         )
     elif name.startswith(("runs/", "./", "../", "/", "~")) and not folder.exists():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
         raise UserError(
             f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}"
         )
-    return configuration.load(None, overrides=[f"model.name={scalar(name)}", *overrides])
+    return configuration.load(None, overrides=[f"model.name={name}", *overrides])
 
 
 def open_target(name: str, overrides: list[str]) -> Target:

@@ -14,6 +14,8 @@ from etude.foreign import read_text
 KEYS_LIMIT = 2000
 KeyPath = tuple[str | int, ...]
 DEPTH_LIMIT = 20  # a configuration has three levels
+# No file name, no prompt and no library takes them: NUL, and half a character.
+UNFIT = re.compile("[\0\ud800-\udfff]")
 LIMIT = 2**18  # bytes of a file: a configuration has some thousands, and YAML is slow to read
 
 
@@ -128,8 +130,7 @@ def parse_yaml(text: str, name: str) -> Layer:
         except (yaml.YAMLError, ValueError, KeyError):  # an explicit tag, such as !!int x
             faults.append(f"{place}: {node.value!r:.60} is not a {node.tag.rpartition(':')[2]}")
             return None
-        # No file name, no prompt and no library takes them.
-        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        if isinstance(value, str) and UNFIT.search(value):
             faults.append(
                 f"{place}: {value!r:.60} holds a NUL or half a character; write plain text"
             )

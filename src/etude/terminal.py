@@ -18,7 +18,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from etude import ranks
+from etude.config import Config, key_paths
 from etude.errors import UserError
+from etude.foreign import expanded
 from etude.ranks import FIRST, first_to_say
 
 P = ParamSpec("P")
@@ -29,6 +32,9 @@ INTERRUPTED = 130
 # C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse;
 # and the marks that reorder what is shown (arXiv:2111.00169).
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+# What is printed holds the user's texts, in which a bracket is a bracket, and :smile: five letters.
+PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 
 
 class _Log:
@@ -44,9 +50,7 @@ class _Log:
         if self.kept is None or not FIRST:
             return
         stream = io.StringIO()
-        plain = Console(
-            file=stream, width=100, highlight=False, soft_wrap=True, markup=False, color_system=None
-        )
+        plain = Console(file=stream, width=100, **PLAIN, color_system=None)
         plain.print(*objects, **options)
         *whole, self._begun = (self._begun + stream.getvalue()).split("\n")
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -97,9 +101,8 @@ class _Console(Console):
 
 # Results go to stdout, all else to stderr, so that output can be piped.
 # Of several processes (torchrun) the first one speaks; a mistake is told by the first that meets it.
-# No markup: what is printed holds the user's texts, in which a bracket is a bracket.
-out = _Console(highlight=False, soft_wrap=True, markup=False, quiet=not FIRST)
-err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+out = _Console(**PLAIN, quiet=not FIRST)
+err = _Console(stderr=True, **PLAIN)
 
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
@@ -138,6 +141,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         _quiet()
         _log.file = _log.kept = None
         try:
+            ranks.check(function.__name__)
             function(*args, **kwargs)
         except UserError as error:
             problem = str(error)
@@ -188,15 +192,42 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Part positional arguments into at most one name and ``section.key=value`` overrides.
 
     Raises:
-        UserError: more than one name.
+        UserError: more than one name, or what is neither name nor setting.
     """
-    names = [argument for argument in arguments if "=" not in argument]
+    settings = [argument for argument in arguments if _is_setting(argument)]
+    names = [argument for argument in arguments if argument not in settings]
     if len(names) > 1:
         raise UserError(
             f"command line: one name is expected, not {len(names)} ({', '.join(names)}); "
             "settings have the form section.key=value"
         )
-    return (names[0] if names else None), [argument for argument in arguments if "=" in argument]
+    return (names[0] if names else None), settings
+
+
+def _is_setting(argument: str) -> bool:
+    """Whether an argument is a setting; else it is a name, such as runs/lr=1e-3.
+
+    Raises:
+        UserError: it looks like a setting, but has no section, and is no file or folder.
+    """
+    key, equals, _ = argument.partition("=")
+    section, dot, _ = key.strip().partition(".")
+    if not equals or "/" in key or os.sep in key:
+        return False
+    if dot and section in Config.model_fields:
+        return True
+    if os.path.exists(expanded(argument)):
+        return False
+    if not dot:
+        meant = [known for known in key_paths() if known.partition(".")[2] == section]
+        there = [run for run in [os.path.join("runs", argument)] if os.path.exists(run)]
+        guess = " or ".join(meant + there)
+        raise UserError(
+            f"command line: {argument!r:.200} is neither a file or folder here nor a setting, which has "
+            "the form section.key=value, for example lora.r=16"
+            + (f"; did you mean {guess}?" if guess else "")
+        )
+    return True
 
 
 class _Notices(logging.Handler):

@@ -8,8 +8,6 @@ import json
 import logging
 import math
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +32,7 @@ from etude import (
 from etude import config as configuration
 from etude.config import Config
 from etude.conversation import Example, Renderer
-from etude.errors import UserError, first_line
+from etude.errors import UserError, command, first_line
 from etude.foreign import expanded
 
 log = logging.getLogger(__name__)
@@ -215,10 +213,11 @@ def open_folder(
             f"output.dir: {folder} exists and is not a run; choose another: output.dir=runs/NAME"
         )
     free = next(name for n in range(2, 10**6) if not (name := Path(f"{folder}-{n}")).exists())
+    other = command(f"output.dir={free}")
     if (folder / runs.MANIFEST).is_file():
         raise UserError(
             f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder "
-            f"(output.dir={free}), or remove that one"
+            f"({other}), or remove that one"
         )
     checkpoint, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
     for notice in passed_over:
@@ -226,7 +225,7 @@ def open_folder(
     if checkpoint is None and passed_over:
         raise UserError(
             f"output.dir: {folder} holds no checkpoint that is whole, so there is nothing to go on from. "
-            f"Remove the folder, or start another run: output.dir={free}"
+            f"Remove the folder, or start another run: {other}"
         )
     if checkpoint is None:  # it came to nothing, so there is nothing to lose
         if resume:
@@ -235,7 +234,7 @@ def open_folder(
     if resume is False:
         raise UserError(
             f"output.dir: {folder} holds a run that did not end. Go on with it: leave --no-resume out; or "
-            f"start another: output.dir={free}"
+            f"start another: {other}"
         )
     stored = configuration.load(folder / runs.CONFIG)
     differing = {
@@ -251,14 +250,14 @@ def open_folder(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
     )
     if changes:
-        program = "etude train"
+        program = ["etude", "train"]
         if processes > 1:
-            program = f"torchrun --nproc_per_node {processes} -m etude.train_with_config"
+            program = ["torchrun", "--nproc_per_node", str(processes), "-m", train.__module__]
+        same = command(*program, folder / runs.CONFIG, "--resume", f"output.dir={folder}")
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
-            f"{program} {folder / runs.CONFIG} --resume output.dir={folder}; "
-            f"start another run: output.dir={free}; or go on all the same: --force",
+            f"{same}; start another run: {other}; or go on all the same: --force",
         )
     return folder, checkpoint
 
@@ -541,7 +540,7 @@ def shown(*values: Any) -> str:
 
 @contextlib.contextmanager
 def stoppable(loop: Any, folder: Path) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the training after its step, with a checkpoint; twice, at once.
+    """Let Ctrl-C, SIGTERM and SIGHUP end the training after its step, with a checkpoint; twice, at once.
 
     Of several processes each gets the signal twice, for the launcher passes it on: there the second one
     counts for nothing, and the launcher itself ends what does not end in time.
@@ -553,11 +552,6 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
     from etude.trainer import Stopped
 
     code = terminal.INTERRUPTED
-    go_on = (
-        "the same command again goes on from there"
-        if ranks.WORLD > 1
-        else f"go on with: etude train {folder / runs.CONFIG} --resume output.dir={folder}"
-    )
 
     def handle(number: int, frame: object) -> None:
         nonlocal code
@@ -566,23 +560,20 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
             return
         if loop.stop:
             checkpoint, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
-            saved = go_on if checkpoint else "no checkpoint was made yet"
-            raise KeyboardInterrupt(f"left at once; {saved}", code)
+            none = "" if checkpoint else "no checkpoint was made yet; "
+            raise KeyboardInterrupt(f"left at once; {none}{runs.go_on(folder)}", code)
         loop.stop = True
         if ranks.FIRST:
             more = "" if ranks.WORLD > 1 else "; once more to leave at once"
             terminal.err.print(f"stopping after this step, with a checkpoint{more}")
 
-    # Python lets only the main thread set them.
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        with ranks.on_signals(handle):
+            yield
     except Stopped:
         state = loop.state
         raise KeyboardInterrupt(
-            f"stopped at step {state.global_step} of {state.max_steps}; {go_on}", code
+            f"stopped at step {state.global_step} of {state.max_steps}; {runs.go_on(folder)}", code
         ) from None
     except RuntimeError as error:
         if ranks.WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
@@ -593,16 +584,10 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
             raise UserError(
                 f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
                 f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
-                + (
-                    f"The last checkpoint is {newest}; {go_on}"
-                    if newest
-                    else "No checkpoint was made yet"
-                )
+                + (f"The last checkpoint is {newest}" if newest else "No checkpoint was made yet")
+                + f"; {runs.go_on(folder)}"
             ) from None
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def prepare(
@@ -679,8 +664,9 @@ def show_end(settings: Config, results: dict[str, Any]) -> None:
         "done",
         f"{results['steps']} steps in {results['seconds']:.0f} s{loss}; saved in {settings.output.dir}",
     )
-    terminal.say("next", f"etude evaluate {settings.output.dir} --base")
-    terminal.say("", f"etude chat {settings.output.dir}")
+    folder = Path(settings.output.dir)
+    terminal.say("next", command("etude", "evaluate", folder, "--base"))
+    terminal.say("", command("etude", "chat", folder))
 
 
 if __name__ == "__main__":

@@ -470,41 +470,44 @@ def arguments(
         raise UserError(
             f"output.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
         )
-    made = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=rows // processes,
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.num_epochs,
-        max_steps=training.max_steps or -1,
-        lr_scheduler_type=SCHEDULERS[training.lr_scheduler],
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused",
-        # Gradients through a float16 base vanish unless the loss is scaled, which fp16 does.
-        fp16=training.fp16 or device.dtype == "float16",
-        bf16=training.bf16,
-        use_cpu=device.name == "cpu",
-        activation_checkpointing=training.gradient_checkpointing,
-        seed=training.seed,
-        logging_steps=training.logging_steps,
-        logging_first_step=True,
-        eval_strategy="steps" if validated else "no",
-        eval_steps=training.eval_steps or epoch,
-        save_strategy="steps",
-        save_steps=training.save_steps or training.eval_steps or epoch,
-        save_total_limit=training.save_total_limit,
-        restore_callback_states_from_checkpoint=True,
-        metric_for_best_model="eval_loss" if validated else None,
-        greater_is_better=False if validated else None,
-        report_to=list(config.output.report_to) or "none",
-        run_name=folder.name,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.name == "cuda",
-        disable_tqdm=True,
-    )
+    with ranks.joining():  # here the processes meet, if there are several
+        made = TrainingArguments(
+            output_dir=str(folder / CHECKPOINTS),
+            per_device_train_batch_size=rows // processes,
+            learning_rate=training.learning_rate,
+            num_train_epochs=training.num_epochs,
+            max_steps=training.max_steps or -1,
+            lr_scheduler_type=SCHEDULERS[training.lr_scheduler],
+            warmup_steps=training.warmup_steps,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            optim="adamw_torch_fused",
+            # Gradients through a float16 base vanish unless the loss is scaled, which fp16 does.
+            fp16=training.fp16 or device.dtype == "float16",
+            bf16=training.bf16,
+            use_cpu=device.name == "cpu",
+            activation_checkpointing=training.gradient_checkpointing,
+            seed=training.seed,
+            logging_steps=training.logging_steps,
+            logging_first_step=True,
+            eval_strategy="steps" if validated else "no",
+            eval_steps=training.eval_steps or epoch,
+            save_strategy="steps",
+            save_steps=training.save_steps or training.eval_steps or epoch,
+            save_total_limit=training.save_total_limit,
+            restore_callback_states_from_checkpoint=True,
+            metric_for_best_model="eval_loss" if validated else None,
+            greater_is_better=False if validated else None,
+            report_to=list(config.output.report_to) or "none",
+            run_name=folder.name,
+            ddp_timeout=ranks.WAIT,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.name == "cuda",
+            disable_tqdm=True,
+        )
+        place = made.device.type
     # transformers would split a step over all GPUs it sees, and a pass cannot be split. Several GPUs
     # are one process each: torchrun. Reading the device first is what sets the count.
-    if made.device.type == "cuda":
+    if place == "cuda":
         made._n_gpu = 1
     return made
