@@ -277,8 +277,9 @@ def test_another_file_of_the_same_name_is_converted_anew(gguf):
         lambda folder: (folder / "sha256.json").unlink(),
         lambda folder: (folder / "sha256.json").write_text("{}"),
         lambda folder: (folder / "sha256.json").write_text("nonsense"),
+        lambda folder: (folder / "sha256.json").write_text("[1]"),
     ],
-    ids=["byte", "length", "file", "sums", "empty-sums", "bad-sums"],
+    ids=["byte", "length", "file", "sums", "empty-sums", "bad-sums", "list"],
 )
 def test_a_damaged_cache_is_found_and_made_again(gguf, damage):
     file, conversions = gguf

@@ -269,7 +269,8 @@ def test_damaged_manifests_end_in_one_sentence(finished, readers):
         (("config", "lora", "r"), "many", "lora.r"),
         (("data",), ["train"], "data: Input should be a valid dictionary"),
         (("data", "train"), None, "data.train: Input should be"),
-        (("base", "device"), ..., "base.device: Field required"),
+        (("base", "device"), 5, "base.device: Input should be a valid string"),
+        (("base", "identity"), ..., "base.identity: Field required"),
         (("environment",), "x", "environment: Input should be"),
         (("chat_format",), None, "no chat_format"),
     ):

@@ -1,9 +1,11 @@
 """Training on whole steps: how a step is cut does not change what is learnt."""
 
+import itertools
 import json
 import logging
 import math
 import re
+import shutil
 import types
 
 import pytest
@@ -382,6 +384,47 @@ def resumed(folder):
         kept = [x for x in report.read_metrics(folder / runs.METRICS) if x["step"] <= step]
         (folder / runs.METRICS).write_text("".join(json.dumps(x) + "\n" for x in kept))
     return checkpoint
+
+
+def test_a_checkpoint_of_another_shape_or_version(tiny_model, files, monkeypatch):
+    settings = settings_for(tiny_model, files, "training.save_steps=1")
+    fitted(settings, files / "run")
+    home = files / "run" / runs.CHECKPOINTS
+    checkpoints.remove(home / "checkpoint-3")  # as if killed after the second of three steps
+
+    def resume(name, *path, value=None):
+        """Resume a copy with the value at `path` of a file replaced, its sum made right."""
+        folder = shutil.copytree(files / "run", files / f"copy{len(list(files.iterdir()))}")
+        file = folder / runs.CHECKPOINTS / "checkpoint-2" / name
+        whole = inner = json.loads(file.read_text())
+        for key in path[:-1]:
+            inner = inner[key]
+        inner.pop(path[-1])
+        if value is not None:
+            inner[path[-1]] = value
+        file.write_text(json.dumps(whole))
+        sums = json.loads((file.parent / checkpoints.SUMS).read_text())
+        sums[name] = checkpoints.sha256(file)
+        (file.parent / checkpoints.SUMS).write_text(json.dumps(sums))
+        return fitted(settings, folder, resumed(folder))[1]
+
+    for name, path, value in (
+        ("progress.json", ("groups", 0, "betas"), 0.9),
+        ("progress.json", ("random", "numpy"), [1]),
+        ("trainer_state.json", ("eval_steps",), [1]),
+        ("trainer_state.json", ("stateful_callbacks", "TrainerControl"), 1),
+    ):
+        with pytest.raises(UserError, match="checkpoint-2: not what this version of Etude writes"):
+            resume(name, *path, value=value)
+    # The control, and a version that kept no times: then the speed is that of the last step.
+    rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
+    ticks = itertools.count(1.0)
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    whole = resume("progress.json", "seconds", value=1000.0)
+    assert whole["steps"] == 3 and 1000 < whole["seconds"] < 1100
+    assert whole["examples_per_second"] == round(3 * rows / whole["seconds"], 2)
+    older = resume("progress.json", "timed_steps")
+    assert older["examples_per_second"] == round(1 * rows / older["seconds"], 2)
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "step", "random"])

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,29 +199,29 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
-    """Say in one sentence what libraries stumble over in a checkpoint that is not as it was written.
+def reading(
+    checkpoint: Path, blamed: Callable[[Exception], bool] = lambda error: True
+) -> Iterator[None]:
+    """Say in one sentence what a library stumbles over in a checkpoint that is not as it was written.
 
-    Its sums are right, so it was changed by hand or written by another version.
+    Its sums are right, so it was changed by hand or written by another version. `blamed` tells
+    whether an error is the checkpoint's.
 
     Raises:
         UserError: the block failed.
     """
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not blamed(error):
+            raise
         raise UserError(
             f"{checkpoint}: not what this version of Etude writes ({type(error).__name__}: "
             f"{first_line(error):.200}). Remove this checkpoint to go on from the one before it, "
             "or train a new run"
-        ) from None
+        ) from error
 
 
 def split_optimizer(

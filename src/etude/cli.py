@@ -121,7 +121,7 @@ def reproduce(
     if found.same:
         terminal.say("result", f"{again} is {folder}, bit for bit")
         return
-    excused = elsewhere or not manifest["base"]["device"].startswith("cpu")
+    excused = elsewhere or not manifest["base"].get("device", "cpu").startswith("cpu")
     if excused and found.close:
         why = "the environment differs" if elsewhere else "a GPU does not add in one order"
         terminal.say(

@@ -379,8 +379,11 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _verified(folder: Path) -> bool:
     try:
-        sums = json.loads((folder / SUMS).read_text())
-        return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
+        sums = foreign.read_json(folder / SUMS)
+        # What else is there does not help without the weights.
+        return "model.safetensors" in sums and all(
+            _sha256(folder / name) == value for name, value in sums.items()
+        )
     except (OSError, ValueError):
         return False
 

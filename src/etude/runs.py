@@ -54,9 +54,8 @@ class _Checked(BaseModel):
 
 
 class _TrainedOn(_Checked):
-    name: str
     identity: str
-    device: str
+    device: str = "cpu"
 
 
 class Manifest(_Checked):

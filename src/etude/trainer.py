@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,13 @@ log = logging.getLogger(__name__)
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 RECENT = 50  # steps whose losses a new one is held against; half as many must be there
 SPIKE = 8.0  # robust deviations above their median: warn
+
+
+def _of_kind(value: Any, usual: Any) -> bool:
+    """Whether a value of a saved TrainerState is of the kind that it has in a fresh one."""
+    if usual is None:
+        return value is None or isinstance(value, str | int | float)
+    return isinstance(value, int | float if isinstance(usual, int) else type(usual))
 
 
 class Order:
@@ -103,8 +111,13 @@ class StepTrainer(Trainer):
         if checkpoint and progress:
             with checkpoints.reading(checkpoint):
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-                if state.global_step != progress["step"]:
-                    raise ValueError(f"{TRAINER_STATE_NAME}: global_step")
+                wrong = [
+                    key
+                    for key, usual in vars(TrainerState()).items()
+                    if not _of_kind(getattr(state, key), usual)
+                ]
+                if wrong or state.global_step != progress["step"]:
+                    raise ValueError(f"{TRAINER_STATE_NAME}: {', '.join(wrong) or 'global_step'}")
             self._before = progress.get("seconds", 0.0), progress.get("timed_steps", 0)
             self._first_step = progress["step"]
         self._began = time.perf_counter()
@@ -115,7 +128,11 @@ class StepTrainer(Trainer):
             if self.args.should_save:
                 self._retain()  # the kill may have come before or amid it
         else:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            resuming = (
+                checkpoints.reading(checkpoint, self._blamed) if checkpoint else nullcontext()
+            )
+            with resuming:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = self.state.best_global_step
         # The first process writes the result, and another machine may not see the checkpoints.
         if ranks.FIRST and best and best != self.state.global_step:
@@ -124,6 +141,11 @@ class StepTrainer(Trainer):
             if reason:
                 raise UserError(f"{chosen}, which holds the best adapter: {reason}; train again")
             lora.restore(self.model, chosen)
+
+    def _blamed(self, error: Exception) -> bool:
+        """Whether the checkpoint is at fault: its values are used up to the end of the first step."""
+        kinds = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+        return isinstance(error, kinds) and self.state.global_step <= self._first_step + 1
 
     def get_train_dataloader(self) -> Any:
         """A loader of whole steps in the order of `Order`."""
