@@ -424,7 +424,7 @@ def test_a_checkpoint_of_another_shape_or_version(tiny_model, files, monkeypatch
     assert whole["steps"] == 3 and 1000 < whole["seconds"] < 1100
     assert whole["examples_per_second"] == round(3 * rows / whole["seconds"], 2)
     older = resume("progress.json", "timed_steps")
-    assert older["examples_per_second"] == round(1 * rows / older["seconds"], 2)
+    assert older["examples_per_second"] == pytest.approx(1 * rows / older["seconds"], rel=0.02)
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "step", "random"])
