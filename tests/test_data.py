@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from etude import config, data, evaluation, sources
+from etude import config, data, evaluation, sources, train_with_config
 from etude.config import Dataset
 from etude.conversation import Example, Renderer
 from etude.errors import UserError
@@ -48,9 +48,9 @@ def encoded(name, rows):
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if kind == ".json":
         return json.dumps(rows, indent=1)
-    if kind == ".csv":
+    if kind in (".csv", ".tsv"):
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
+        writer = csv.DictWriter(text, rows[0], delimiter="\t" if kind == ".tsv" else ",")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
@@ -739,6 +739,109 @@ def test_broken_files_are_refused_by_line(write, name, content, phrase):
     assert phrase in refusal(write(name, content))
 
 
+# --- files as other programs write them -----------------------------------------------------------
+
+SEPARATED = {
+    "semicolon": ("a.csv", "text;label\ngood, really;yes\nbad;no\n", 2),
+    "excel": ("a.csv", "\ufeffsep=;\r\ntext;label\r\ngood, really;yes\r\nbad;no\r\n", 3),
+    "excel-comma": ("a.csv", 'sep=,\ntext,label\n"good, really",yes\nbad,no\n', 3),
+    "tab": ("a.tsv", "text\tlabel\ngood, really\tyes\nbad\tno\n", 2),
+    "tab-in-csv": ("a.csv", "text\tlabel\ngood, really\tyes\nbad\tno\n", 2),
+    "bar": ("a.csv", "\n\ntext|label\ngood, really|yes\nbad|no\n", 4),
+    "quoted-header": ("a.csv", '"text";"label";"a, b"\ngood, really;yes;1\nbad;no;2\n', 2),
+    "old-mac": ("a.csv", "text;label\rgood, really;yes\rbad;no\r", 2),
+    "upper-case": ("A.CSV", 'text,label\n"good, really",yes\nbad,no\n', 2),
+    # As it was: with a comma in the header, nothing else separates.
+    "comma": ("a.csv", 'text,label,x;y\n"good, really",yes,1\nbad,no,2\n', 2),
+    "upper-jsonl": (
+        "A.JSONL",
+        '{"text": "good, really", "label": "yes"}\n{"text": "bad", "label": "no"}\n',
+        1,
+    ),
+    "lines-in-json": (
+        "a.json",
+        '\n{"text": "good, really", "label": "yes"}\n{"text": "bad", "label": "no"}\n',
+        2,
+    ),
+    "list-in-jsonl": (
+        "a.jsonl",
+        '\n[\n{"text": "good, really", "label": "yes"},\n{"text": "bad", "label": "no"}]\n',
+        3,
+    ),
+    "list-on-a-line": (
+        "a.jsonl",
+        '[{"text": "good, really", "label": "yes"},\n{"text": "bad", "label": "no"}]',
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "line"), SEPARATED.values(), ids=SEPARATED)
+def test_files_of_other_programs_are_read(write, name, content, line):
+    table = data.read(write(name, content), Dataset())
+    assert table.format == "classification"
+    assert [(row.line, row.text, row.label) for row in table.rows] == [
+        (line, "good, really", "yes"),
+        (line + 1, "bad", "no"),
+    ]
+    assert table.fingerprint == hashlib.sha256(content.encode()).hexdigest()
+
+
+ADVISED = {
+    "trailing-comma": ("a.json", '[\n{"text": "a"},\n]', "a.json:3: not valid JSON: a comma before"),
+    "inner-comma": ("a.jsonl", '{"text": "a"}\n{"text": "b",}\n', "a.jsonl:2: not valid JSON: a comma"),
+    "comma-after": ("a.jsonl", '{"text": "a"},\n', "a.jsonl:1: not valid JSON: a comma after the object"),
+    "no-comma": ("a.json", '[{"text": "a"}\n{"text": "b"}]', "a.json:2: not valid JSON: a comma or"),
+    "open-list": ("a.json", '[{"text": "a"},', "a.json:1: not valid JSON: the list does not end"),
+    "two-lists": ("a.jsonl", '[{"text": "a"}]\n[{"text": "b"}]\n', "a.jsonl:2: text after the list"),
+    "one-object": ("a.json", '{"text": "a"}', "write [ and ] around it"),
+    "inside": ("a.json", '{"data": [{"text": "a"}], "n": 1}', "save its list 'data' alone"),
+    "utf16": ("a.csv", "text,label\na,b\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 a.csv > NEW.csv"),
+    "utf16-unmarked": ("a.jsonl", '{"text": "a"}'.encode("utf-16-be"), "iconv -f UTF-16BE"),
+    "latin1": ("a.csv", "text,label\ncafé,b\n".encode("latin-1"), "a.csv:2: not UTF-8 text (byte 0xe9)"),
+    "gz": ("a.jsonl.gz", b"\x1f\x8b", "known: .jsonl, .json, .csv, .parquet, .tsv; unpack it first"),
+    "txt": ("a.txt", "Call me Ishmael.", "write each text as a line"),
+    "xlsx": ("a.xlsx", b"PK", "save the sheet as CSV"),
+    "wrong-separator": ("a.csv", "text;a\tb\nx;1\n", "no known format has the columns"),
+    "ragged": ("a.csv", "text;label\na;b;c\n", "separated by semicolons"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "phrase"), ADVISED.values(), ids=ADVISED)
+def test_files_that_are_not_read_get_the_one_thing_to_do(write, name, content, phrase):
+    assert phrase in refusal(write(name, content))
+
+
+def test_long_fields_are_read_and_the_limit_of_csv_stays(write):
+    before = csv.field_size_limit()
+    source = write("a.csv", [{"text": "a " * 100_000, "label": "x"}, {"text": "b", "label": "y"}])
+    assert [len(row.text) for row in data.read(source, Dataset()).rows] == [200_000, 1]
+    assert "at most 1,000,000 are taken" in refusal(write("b.csv", [{"text": "a" * 1_000_001}]))
+    assert csv.field_size_limit() == before
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.text(alphabet='ab,;\t|"\n\r\u2028é', max_size=12), st.sampled_from(["yes", "no"])
+        ),
+        min_size=2,
+        max_size=4,
+    ),
+    mark=st.sampled_from(",;\t|"),
+    ending=st.sampled_from([("\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)]),
+    named=st.booleans(),
+)
+def test_fields_come_back_whatever_separates_them(write, rows, mark, ending, named):
+    text = io.StringIO()
+    text.write(f"sep={mark}{ending[0]}" * named)
+    writer = csv.writer(text, delimiter=mark, lineterminator=ending[0], quoting=ending[1])
+    writer.writerows([("text", "label"), *rows])
+    read, _ = sources.read(write("a.csv", text.getvalue()))
+    assert [tuple(values.values()) for _, values in read] == rows
+
+
 def test_unknown_label_by_line(write):
     source = write("a.csv", "text,label\na,yes\nb,no\nc,perhaps\n")
     message = refusal(source, labels=["yes", "no"])
@@ -807,10 +910,13 @@ def test_report_counts_every_row_with_its_line(write, renderer):
     assert report.tokens == sum(map(len, examples))
     assert report.supervised == sum(sum(example.supervised) for example in examples)
     assert report.longest == 64 == len(examples[3])
+    whole = sum(len(renderer.render(row.messages)) for row in table.rows)
+    assert report.lost == whole - report.tokens
     assert report.notices() == [
         "train: 1 of 5 rows dropped (no supervised token within max_length 64): line 5",
         "train: 1 of 5 rows truncated, end token kept: line 4",
         "train: 1 of 5 rows the same as an earlier row: line 3",
+        f"train: {report.lost} tokens lost beyond max_length ({report.lost / whole:.1%})",
     ]
 
 
@@ -904,9 +1010,78 @@ def test_raw_text_is_cut_before_its_end_token(write, renderer, sample_tokenizer)
     table = data.read(
         write("rows.jsonl", [{"text": "one two three four five six seven eight nine"}]), Dataset()
     )
-    [cut], _ = encode(table, renderer, max_length=8)
+    [cut], report = encode(table, renderer, max_length=8, overlength="truncate")
     assert sample_tokenizer.decode(cut.ids) == "one two three four five six seven<|im_end|>"
     assert cut.supervised == [False] + [True] * 7
+    assert report.lost == 2 and report.notices()[-1].startswith("train: 2 tokens lost beyond")
+
+
+# --- raw text longer than max_length ---------------------------------------------------------------
+
+
+@given(
+    length=st.integers(1, 60), most=st.integers(8, 20), begins=st.booleans(), gap=st.integers(0, 70)
+)
+def test_pieces_give_every_token_once(length, most, begins, gap):
+    bos = 1000
+    ids = [bos] * begins + list(range(length))
+    counted = [False] + [at != gap for at in range(1, len(ids))]
+    parts = data.pieces(Example(ids, counted), most, bos)
+    lead = 1 + begins
+    again = parts[0].ids + [one for part in parts[1:] for one in part.ids[lead:]]
+    assert max(map(len, parts)) <= most
+    if gap >= len(ids):  # else a piece without a supervised token may be missing
+        assert again == ids
+        for part in parts[1:]:
+            assert part.ids[: lead - 1] == [bos] * begins
+            assert part.ids[lead] == part.ids[lead - 1] + 1 and not any(part.supervised[:lead])
+    learnt = [
+        one for part in parts for one, yes in zip(part.ids, part.supervised, strict=True) if yes
+    ]
+    assert learnt == [one for one, yes in zip(ids, counted, strict=True) if yes]
+
+
+def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
+    texts = ["one two three " * 20, "short", "four five " * 9]
+    table = data.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
+    examples, report = encode(table, renderer, max_length=16)
+    for line, text in enumerate(texts, 1):
+        parts = [example for example in examples if example.origin == f"rows.jsonl:{line}"]
+        whole = renderer.text(text)
+        assert [part.part for part in parts] == list(range(len(parts)))
+        assert [one for part in parts for one in part.ids[part.part > 0 :]] == whole.ids
+        assert sum(sum(part.supervised) for part in parts) == len(whole) - 1
+        ends = [renderer.tokenizer.eos_token_id in part.ids for part in parts]
+        assert ends == [False] * (len(parts) - 1) + [True]
+    assert (report.rows, report.kept, report.examples) == (3, 3, len(examples))
+    assert (report.lost, report.truncated, report.divided) == (0, [], [1, 3])
+    assert report.notices() == [
+        f"train: 2 of 3 rows split, which makes {len(examples)} examples of all rows: lines 1, 3"
+    ]
+    # Long enough: as it was.
+    [*plain], report = encode(table, renderer, max_length=512)
+    assert [example.ids for example in plain] == [renderer.text(text).ids for text in texts]
+    assert report.notices() == []
+
+
+def test_split_is_refused_where_there_is_no_raw_text(write):
+    source = write("rows.jsonl", pairs("a", "b"))
+    assert "split is for raw text, and the format is prompt_comp" in refusal(
+        source, overlength="split"
+    )
+    with pytest.raises(UserError, match="set truncate or drop"):
+        config.load(None, (), ["dataset.format=alpaca", "dataset.overlength=split"])
+
+
+@pytest.mark.parametrize("overlength", ["truncate", "drop", None])
+def test_lost_tokens_are_counted(write, renderer, overlength):
+    rows = pairs("a", "long " * 60)
+    rows[1]["prompt"] = "short"
+    table = data.read(write("rows.jsonl", rows), Dataset())
+    examples, report = encode(table, renderer, max_length=64, overlength=overlength)
+    whole = sum(len(renderer.render(row.messages)) for row in table.rows)
+    assert report.lost == whole - sum(map(len, examples)) > 0
+    assert report.notices()[-1].startswith(f"train: {report.lost} tokens lost beyond max_length (")
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "classification", "text"])
@@ -1006,6 +1181,7 @@ def test_sample_draws_by_seed_in_order(table):
     assert len(some.rows) == 10 and some == data.sample(table, 10, seed=3)
     assert some != data.sample(table, 10, seed=4)
     assert [row.line for row in some.rows] == sorted(row.line for row in some.rows)
+    assert some.drawn == f"10 of {len(table.rows)} rows" and not table.drawn
     assert data.sample(table, None, seed=3) is table and data.sample(table, 99, seed=3) is table
 
 
@@ -1090,6 +1266,31 @@ def test_one_text_with_two_labels_is_a_contradiction(renderer):
         for n, answer in enumerate(["Hello", "Hi there", "Hello"], 1)
     ]
     assert data.repeats(talks) == ([3], [])
+
+
+@pytest.mark.parametrize(("most", "share", "held"), [(50, 0.1, 5), (20, 0.5, 10), (None, 0.1, 40)])
+def test_validation_is_cut_from_the_rows_drawn(write, most, share, held):
+    source = write("rows.jsonl", pairs(*map(str, range(400))))
+    drawn = config.load(None, (), [f"dataset.train={source}", f"dataset.validation_split={share}"])
+    dataset = drawn.dataset.model_copy(update={"max_rows": most})
+    tables = train_with_config.read_tables(drawn.model_copy(update={"dataset": dataset}))
+    assert len(tables["validation"].rows) == held
+    assert len(tables["train"].rows) == (most or 400) - held
+    lines = [row.line for table in tables.values() for row in table.rows]
+    assert len(set(lines)) == (most or 400)
+    assert {table.drawn for table in tables.values()} == {f"{most} of 400 rows" if most else ""}
+
+
+def test_a_validation_of_its_own_stays_whole(write):
+    train, other = write("a.jsonl", pairs(*"abcdefgh")), write("b.jsonl", pairs(*"ijklm"))
+    tables = train_with_config.read_tables(
+        config.load(
+            None,
+            (),
+            [f"dataset.train={train}", f"dataset.validation={other}", "dataset.max_rows=3"],
+        )
+    )
+    assert [len(table.rows) for table in tables.values()] == [3, 5]
 
 
 def test_overlap_is_told_with_its_lines(write, table):

@@ -56,7 +56,7 @@ def test_a_run_says_what_it_did(run):
     for words in (
         "format prompt_completion",
         "14,336 of",
-        "training  5 steps of 8 rows",
+        "training  5 steps of 8 examples",
         "⟦Answer",
         "etude chat",
     ):

@@ -134,12 +134,16 @@ class Dataset(Section):
         None, description="put before conversations that have none; null leaves it to the template"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens an example may have")
-    overlength: Literal["truncate", "drop"] = Field(
-        "truncate",
-        description="truncate | drop: what happens to longer ones; the end token is kept",
+    overlength: Literal["truncate", "drop", "split"] | None = Field(
+        None,
+        description=(
+            "truncate | drop | split: what happens to longer ones; null splits raw text and "
+            "truncates the rest"
+        ),
     )
     max_rows: Positive | None = Field(
-        None, description="train on that many rows, drawn by seed; null takes all"
+        None,
+        description="draw that many rows of train by seed, before the validation is cut; null: all",
     )
 
 
@@ -391,6 +395,11 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
         )
     if dataset.labels and "" in dataset.labels:
         yield ["dataset.labels"], "a label is empty; name every class"
+    if dataset.overlength == "split" and dataset.format not in ("auto", "text"):
+        yield (
+            ["dataset.overlength", "dataset.format"],
+            f"split is for raw text, and the format is {dataset.format}; set truncate or drop",
+        )
     if dataset.labels and dataset.format not in ("auto", "classification"):
         yield (
             ["dataset.labels", "dataset.format"],

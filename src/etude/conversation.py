@@ -36,18 +36,20 @@ class Message(TypedDict):
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A conversation as token ids.
 
     Attributes:
         supervised: whether predicting token i counts in the loss.
         origin: where the row stands, ``file:line``, to name it by.
+        part: which example of its row it is, from 0.
     """
 
     ids: list[int]
     supervised: list[bool]
     origin: str = ""
+    part: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

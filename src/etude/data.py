@@ -1,7 +1,7 @@
 """Files in, examples out, and a report in which every row's fate is told by line number."""
 
 import contextlib
-import json
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
@@ -30,7 +30,7 @@ TEXT_LIMIT = (
 )  # characters of one text, many times any window; a tokenizer takes seconds for it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a data set in the common form.
 
@@ -53,7 +53,9 @@ class Row:
     @property
     def key(self) -> str:
         """What makes two rows the same row."""
-        return json.dumps([self.messages, self.text])
+        parts = [self.text, *(m[part] for m in self.messages for part in ("role", "content"))]
+        # Contents hold no NUL. A digest: the texts themselves would be held a second time.
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     @property
     def answer(self) -> int:
@@ -72,6 +74,7 @@ class Table:
         unused: columns without a use, and in how many rows (or turns) they are filled.
         dropped: rows that are in the source and not in `rows`: the lines by the reason.
         notices: sentences about what was read in another spelling.
+        drawn: "50 of 10,000 rows", where `rows` come from a sample.
     """
 
     source: str
@@ -82,6 +85,7 @@ class Table:
     unused: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    drawn: str = ""
 
     def drops(self, split: str) -> list[str]:
         """Sentences about the rows that were dropped in reading."""
@@ -96,17 +100,23 @@ class Report:
         contradictions: (line, earlier line) of rows with one text and two labels.
         labels: rows kept of each class.
         few: classes with one row kept, or none: how many.
+        examples: rows kept, and more where long ones were split.
+        lost: tokens of rows that were truncated, or dropped for their length.
     """
 
     split: str
     source: str
     format: str
     rows: int
+    drawn: str = ""
     kept: int = 0
+    examples: int = 0
     tokens: int = 0
+    lost: int = 0
     supervised: int = 0
     longest: int = 0
     truncated: list[int] = field(default_factory=list)
+    divided: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)
     contradictions: list[tuple[int, int]] = field(default_factory=list)
@@ -123,10 +133,14 @@ class Report:
             f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}"
             for what, lines in (
                 ("truncated, end token kept", self.truncated),
+                (f"split, which makes {self.examples:,} examples of all rows", self.divided),
                 ("the same as an earlier row", self.duplicates),
             )
             if lines
         ]
+        if self.lost:
+            share = self.lost / (self.lost + self.tokens)
+            found.append(f"{self.split}: {self.lost:,} tokens lost beyond max_length ({share:.1%})")
         found += contradicting(self.split, self.rows, self.contradictions)
         for count, what in enumerate(("no row", "a single row")):
             names = [repr(label) for label, number in self.few.items() if number == count]
@@ -198,13 +212,20 @@ def read(source: str, settings: Dataset) -> Table:
         raw = [(line, columns.without(values, settings.ignore)) for line, values in raw]
     found = columns.assign(source, raw, settings)
     form = found.format
+    if settings.overlength == "split" and form != "text":
+        raise UserError(
+            f"{source}: dataset.overlength: split is for raw text, and the format is {form}; set "
+            "truncate or drop"
+        )
     _refuse_columns(source, found, raw, all_rows=settings.on_bad_row == "skip")
     rows: list[Row] = []
     faults: dict[int, str] = {}
     dropped: defaultdict[str, list[int]] = defaultdict(list)
     unused: Counter[str] = Counter()
     spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for line, values in raw:
+    raw.reverse()
+    while raw:  # each is let go of when it was converted
+        line, values = raw.pop()
         try:
             for column, why in found.refused.items():
                 if filled(values.get(column)):
@@ -300,15 +321,19 @@ def encode(
 ) -> tuple[list[Example], Report]:
     """Render every row and bring it under `max_length`.
 
-    Over-length rows are cut inside the last answer that fits, whose end token is kept, or dropped
-    (`dataset.overlength`). Rows that would train nothing are dropped and counted.
+    Over-length rows are cut inside the last answer that fits, whose end token is kept, or dropped,
+    or, as raw text, split into several examples (`dataset.overlength`). Rows that would train
+    nothing are dropped and counted.
 
     Raises:
         UserError: no row is left, or two labels that the model would see as one.
     """
     dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
     rows = len(table.rows) + sum(map(len, dropped.values()))
-    report = Report(split, table.source, table.format, rows, dropped=dropped)
+    report = Report(split, table.source, table.format, rows, drawn=table.drawn, dropped=dropped)
+    overlength = settings.overlength or ("split" if table.format == "text" else "truncate")
+    most = settings.max_length
+    interned: dict[int, int] = {}
     if table.labels:
         check_labels(renderer, table.labels)
     report.duplicates, report.contradictions = repeats(table.rows)
@@ -323,21 +348,33 @@ def encode(
         except RenderError as error:
             report.drop(str(error), row.line)
             continue
-        if len(example) > settings.max_length:
-            if settings.overlength == "drop":
-                report.drop(f"longer than max_length {settings.max_length}", row.line)
+        length, parts = len(example), [example]
+        if length > most:
+            if overlength == "drop":
+                report.drop(f"longer than max_length {most}", row.line)
+                report.lost += length
                 continue
-            example = truncate(example, settings.max_length)
-            if any(example.supervised):
-                report.truncated.append(row.line)
-        if not any(example.supervised):
-            report.drop(f"no supervised token within max_length {settings.max_length}", row.line)
+            if overlength == "split":
+                parts = pieces(example, most, renderer.tokenizer.bos_token_id)
+                report.divided.append(row.line)
+            else:
+                parts = [truncate(example, most)]
+                report.lost += length - len(parts[0]) * any(parts[0].supervised)
+                if any(parts[0].supervised):
+                    report.truncated.append(row.line)
+        if not any(any(part.supervised) for part in parts):
+            report.drop(f"no supervised token within max_length {most}", row.line)
             continue
-        examples.append(replace(example, origin=f"{table.source}:{row.line}"))
+        for number, part in enumerate(parts):
+            # Of every number one object, in place of one a token: a quarter of the memory.
+            ids = list(map(interned.setdefault, part.ids, part.ids))
+            origin = f"{table.source}:{row.line}"
+            examples.append(Example(ids, part.supervised, origin, number))
+            report.tokens += len(ids)
+            report.supervised += sum(part.supervised)
+            report.longest = max(report.longest, len(ids))
         report.kept += 1
-        report.tokens += len(example)
-        report.supervised += sum(example.supervised)
-        report.longest = max(report.longest, len(example))
+        report.examples += len(parts)
         if row.label is not None:
             report.labels[row.label] = report.labels.get(row.label, 0) + 1
             different.add((row.key, row.label))
@@ -349,6 +386,25 @@ def encode(
             + "\n  ".join(report.notices())
         )
     return examples, report
+
+
+def pieces(example: Example, max_length: int, bos: int | None) -> list[Example]:
+    """The whole example in windows of at most `max_length` tokens; each token counts once.
+
+    Each after the first begins, unsupervised, with the token before it, from which its first token
+    is predicted; and with the tokenizer's own beginning, where the text has one.
+    """
+    ids, supervised = example.ids, example.supervised
+    head = ids[: ids[0] == bos]
+    parts = [Example(ids[:max_length], supervised[:max_length])]
+    masks: dict[bytes, list[bool]] = {}  # most are equal: one list serves them all
+    step = max_length - len(head) - 1
+    for start in range(max_length, len(ids), step):
+        mask = [False] * (len(head) + 1) + supervised[start : start + step]
+        if any(mask):
+            mask = masks.setdefault(bytes(mask), mask)
+            parts.append(Example([*head, *ids[start - 1 : start + step]], mask))
+    return parts
 
 
 def truncate(example: Example, max_length: int) -> Example:
@@ -426,7 +482,8 @@ def sample(table: Table, max_rows: int | None, seed: int) -> Table:
     if max_rows is None or max_rows >= len(table.rows):
         return table
     kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
-    return replace(table, rows=[table.rows[at] for at in kept])
+    drawn = f"{max_rows:,} of {len(table.rows):,} rows"
+    return replace(table, rows=[table.rows[at] for at in kept], drawn=drawn)
 
 
 def overlap(train: Table, other: Table, name: str) -> str | None:

@@ -337,12 +337,21 @@ def measure_responses(
     for notice in fate.notices():
         terminal.err.print(f"notice    {terminal.printable(notice)}")
     losses = sequence_losses(model, examples, settings, name)
-    tokens = [sum(example.supervised) for example in examples]
+    # Rows stay rows, however many examples one was split into.
+    rows: list[list[tuple[float, int]]] = []
+    for example, loss in zip(examples, losses, strict=True):
+        if example.part == 0:
+            rows.append([])
+        rows[-1].append((loss, sum(example.supervised)))
+    losses = [sum(loss for loss, _ in row) for row in rows]
+    tokens = [sum(count for _, count in row) for row in rows]
     result: dict[str, Any] = {
         "kind": "responses",
         "rows": len(table.rows),
         "perplexity": metrics.perplexity(sum(losses), sum(tokens)),
         "loss": sum(losses) / sum(tokens),
+        "tokens": sum(tokens),
+        "tokens_lost": fate.lost,
         "losses": [loss / count for loss, count in zip(losses, tokens, strict=True)],
     }
     if table.format == "text":
@@ -491,6 +500,7 @@ def assemble(
             "source": table.source,
             "sha256": table.fingerprint,
             "rows": len(table.rows),
+            "drawn": table.drawn,
             "dropped": table.dropped,
             "format": table.format,
         },

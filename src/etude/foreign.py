@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etude.errors import UserError, first_line
 
@@ -32,8 +32,8 @@ def expanded(name: str) -> Path:
         return Path(name)
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file: a pipe, a device or a folder would hang or never end.
+def open_bytes(path: Path, limit: int) -> BinaryIO:
+    """A regular file, open to read its bytes: a pipe, a device or a folder would hang or never end.
 
     Raises:
         OSError: not there, no regular file, or larger than `limit` bytes.
@@ -44,7 +44,17 @@ def read_bytes(path: Path, limit: int) -> bytes:
     if facts.st_size > limit:
         size = f"{facts.st_size:,} bytes, and at most {limit:,} are read"
         raise OSError(errno.EFBIG, size, str(path))
-    return path.read_bytes()
+    return path.open("rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file, as `open_bytes` opens it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_bytes(path, limit) as stream:
+        return stream.read()
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:

@@ -24,9 +24,11 @@ def data_table(reports: Sequence[Report]) -> Table:
     for name, numbers in {
         "rows": [report.rows for report in reports],
         "kept": [report.kept for report in reports],
+        "examples": [report.examples for report in reports],
         "truncated": [len(report.truncated) for report in reports],
         "dropped": [report.rows - report.kept for report in reports],
         "tokens": [report.tokens for report in reports],
+        "tokens lost": [report.lost for report in reports],
         "supervised": [report.supervised for report in reports],
         "longest": [report.longest for report in reports],
     }.items():
@@ -125,7 +127,7 @@ A LoRA adapter for {_code(name)} ({manifest["base"]["identity"]}), trained with 
 | --- | --- |
 | data | {_cell(_code(config.dataset.train))}, {train["kept"]:,} rows, format {train["format"]} |
 | rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {_cell(", ".join(config.lora.target_modules))} |
-| steps | {results["steps"]:,} of {config.training.batch_size * config.training.gradient_accumulation_steps} rows |
+| steps | {results["steps"]:,} of {config.training.batch_size * config.training.gradient_accumulation_steps} examples |
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats a token |
 

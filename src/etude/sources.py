@@ -1,19 +1,31 @@
 """Rows out of files and Hub data sets, as they stand there, each with its line."""
 
+import codecs
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etude.errors import UserError, first_line, nearest
-from etude.foreign import expanded, read_bytes
+from etude.foreign import expanded, open_bytes, read_bytes
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
+# What to do with kinds of files that are not read.
+ADVICE = {
+    "unpack it first": (".gz", ".bz2", ".xz", ".zst", ".zip"),
+    "save the sheet as CSV UTF-8": (".xlsx", ".xls", ".ods"),
+    "rename it to .jsonl": (".ndjson", ".jsonlines"),
+    'write each text as a line {"text": "..."} of a .jsonl file': (".txt", ".md"),
+}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 FAULTS_SHOWN = 10
 LIMIT = 2**31  # bytes of a file, and of what a packed one grows to: Python needs several times that
 GROWTH = 100  # how many times larger than its file a table may be, once it is larger than FREE
@@ -30,7 +42,7 @@ def read(source: str) -> tuple[list[RawRow], str]:
         UserError: no such source, no rows in it, or rows that cannot be read (all, by line).
     """
     path = expanded(source)
-    if path.suffix in SUFFIXES or path.exists():
+    if path.suffix.lower() in SUFFIXES or path.exists():
         rows, fingerprint = _read_file(path, source)
     else:
         rows, fingerprint = _read_hub(source)
@@ -54,34 +66,70 @@ def _read_file(path: Path, source: str) -> tuple[list[RawRow], str]:
                 else "; paths are relative to where you run etude"
             )
         )
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{source}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        advice = [what for what, kinds in ADVICE.items() if kind in kinds]
+        raise UserError(
+            f"{source}: unknown kind of file; known: {', '.join(SUFFIXES)}"
+            + "".join(f"; {what}" for what in advice)
+        )
+    digest = hashlib.sha256()
     try:
-        data = read_bytes(path, LIMIT)
+        if kind == ".parquet":
+            data = read_bytes(path, LIMIT)
+            digest.update(data)
+            return _parquet(data, source), digest.hexdigest()
+        with open_bytes(path, LIMIT) as stream:
+            # Line by line, so that no more than the rows is ever held.
+            lines = _lines(stream, source, digest)
+            if kind == ".jsonl":
+                rows = _jsonl(lines, source)
+            elif kind == ".json":
+                rows = _json("".join(lines), source)
+            else:
+                rows = _csv(lines, source, kind)
     except OSError as error:
         raise UserError(
             f"{source}: cannot be read: {error.strerror}; a file of rows is expected"
         ) from None
-    if path.suffix == ".parquet":
-        rows = _parquet(data, source)
-    else:
+    return rows, digest.hexdigest()
+
+
+def _lines(stream: Iterable[bytes], source: str, digest: Any) -> Iterator[str]:
+    """The lines of a UTF-8 file, of which `digest` sees the bytes."""
+    for number, line in enumerate(stream, 1):
+        digest.update(line)
+        if number == 1:
+            wide = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            if wide or line[:2].count(0) == 1:  # without a mark, by its first letter
+                raise UserError(
+                    f"{source}:1: not UTF-8 text but UTF-16; save the file as UTF-8: "
+                    + _command("UTF-16" if wide else f"UTF-16{'LBEE'[line[0] == 0 :: 2]}", source)
+                )
+            line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            text = data.decode("utf-8-sig")
+            yield line.decode()
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
             raise UserError(
-                f"{source}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save the file "
-                "as UTF-8"
+                f"{source}:{number}: not UTF-8 text (byte {line[error.start]:#04x}); save the "
+                "file as UTF-8; from Windows-1252 (Latin-1): " + _command("WINDOWS-1252", source)
             ) from None
-        rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[path.suffix](text, source)
-    return rows, hashlib.sha256(data).hexdigest()
 
 
-def _jsonl(text: str, source: str) -> list[RawRow]:
-    rows, faults = [], []
-    # Not splitlines(): U+2028 and the like may stand inside a JSON string.
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
+def _command(encoding: str, source: str) -> str:
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(source)} > NEW{Path(source).suffix}"
+
+
+def _jsonl(lines: Iterator[str], source: str) -> list[RawRow]:
+    # Lines end at \n alone: U+2028 and the like may stand inside a JSON string.
+    rows: list[RawRow] = []
+    faults, blank = [], 0
+    for line, content in enumerate(lines, 1):
+        if not content.strip():
+            blank += not rows
+        elif line == blank + 1 and _is_list(content):
+            return _json("\n" * blank + content + "".join(lines), source)
+        else:
             try:
                 rows.append((line, _object(json.loads(content, object_pairs_hook=_once))))
             except (ValueError, RecursionError) as error:
@@ -90,48 +138,107 @@ def _jsonl(text: str, source: str) -> list[RawRow]:
     return rows
 
 
+def _is_list(first: str) -> bool:
+    """Whether a file's first line begins a list of objects, in place of one object a line."""
+    return re.match(r"\s*\[\s*($|\{)", first) is not None
+
+
 def _json(text: str, source: str) -> list[RawRow]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(
-            f"{source}:{line}: {_json_fault(error)}; a .json file is one list of objects"
-        ) from None
-    if not isinstance(items, list):
-        raise UserError(
-            f"{source}:1: a .json file is one list of objects, [{{...}}, ...]; one object a line "
-            "is .jsonl"
-        )
-    # json tells no positions, so the objects are walked once more for their lines.
-    decoder, between = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[\s,]*")
-    position, counted, line, lines = text.index("[") + 1, 0, 1, []
-    for _ in items:
-        position = between.match(text, position).end()  # type: ignore[union-attr]
+    """One list of objects, or objects one after another, as in .jsonl."""
+    decoder, space = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\n\r]*")
+    rows: list[RawRow] = []
+    faults = []
+    position, counted, line = 0, 0, 1
+
+    def skip() -> str:
+        """Go on to what comes next, and give its character."""
+        nonlocal position, counted, line
+        position = space.match(text, position).end()  # type: ignore[union-attr]
         line += text.count("\n", counted, position)
-        lines.append(line)
         counted = position
+        return text[position : position + 1]
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{source}:{line}: {what}")
+
+    opening = skip()
+    if not opening:
+        return rows
+    if opening not in "[{":
+        raise wrong("a .json file is one list of objects, [{...}, ...]")
+    listed = opening == "["
+    position += listed
+    while (following := skip()) not in ("]" if listed else ""):
         try:
-            _, position = decoder.raw_decode(text, position)
-        except ValueError as error:  # a key twice
-            raise UserError(f"{source}:{line}: {error}") from None
-    rows, faults = [], []
-    for line, item in zip(lines, items, strict=True):
+            item, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{source}:{error.lineno}: {_json_fault(error)}; a .json file is one list of objects"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise wrong(f"{_json_fault(error)}; a .json file is one list of objects") from None
         try:
             rows.append((line, _object(item)))
         except ValueError as error:
             faults.append(f"{source}:{line}: {error}")
+        if listed and skip() == ",":
+            position += 1
+            if skip() == "]":
+                raise wrong("not valid JSON: a comma before the closing ]; remove it")
+        elif listed and skip() != "]":
+            raise wrong("not valid JSON: a comma or the closing ] is expected after an object")
+    if listed and following != "]":
+        raise wrong("not valid JSON: the list does not end; the closing ] is missing")
+    if listed:
+        position += 1
+        if skip():
+            raise wrong("text after the list; a file is one list of objects, or one object a line")
+    elif len(rows) == 1:
+        raise UserError(f"{source}:{rows[0][0]}: {_single(rows[0][1])}")
     raise_faults(faults, "every item of the list is an object, {...}")
     return rows
 
 
-def _csv(text: str, source: str) -> list[RawRow]:
+def _single(item: dict[str, Any]) -> str:
+    """What is wrong with a .json file that is one object, and what to do."""
+    inside = [
+        name
+        for name, held in item.items()
+        if name not in ("messages", "conversations")
+        and isinstance(held, list)
+        and held
+        and isinstance(held[0], dict)
+    ]
+    return "a .json file is one list of objects, [{...}, ...], and this is one object; " + (
+        f"save its list {inside[0]!r} alone"
+        if inside
+        else "write [ and ] around it, or, one object a line, name the file .jsonl"
+    )
+
+
+def _csv(lines: Iterator[str], source: str, kind: str) -> list[RawRow]:
     # Lines end at \n, \r\n or \r; splitlines() would cut fields at U+2028 and form feeds too.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = (
+        piece
+        for content in lines
+        for piece in (io.StringIO(content, newline="") if "\r" in content else (content,))
+    )
+    first, start = "", 1
+    for content in lines:
+        if content.strip():
+            first = content
+            break
+        start += 1
+    named = re.fullmatch(r'"?sep=([^\w\s"]|\t)"?\s*', first)  # Excel's first line
+    if named:
+        first, start = next(lines, ""), start + 1
+    comma = named[1] if named else _separator(first, kind)
     rows, faults = [], []
     names: list[str] = []
-    line = 1
+    line = start
+    limit = csv.field_size_limit(LIMIT)
     try:
+        reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=comma)
         for values in reader:
             if not names:
                 names = values
@@ -147,11 +254,29 @@ def _csv(text: str, source: str) -> list[RawRow]:
                 )
             elif values:
                 rows.append((line, dict(zip(names, values, strict=True))))
-            line = reader.line_num + 1
+            line = start + reader.line_num
     except csv.Error as error:
         faults.append(f"{source}:{line}: not valid CSV: {error}")
-    raise_faults(faults, "quote fields that hold commas or line breaks")
+    finally:
+        csv.field_size_limit(limit)
+    raise_faults(
+        faults,
+        f"fields are separated by {SEPARATORS.get(comma, repr(comma))}; quote fields that hold them "
+        "or line breaks, or name another separator in a first line, e.g. sep=;",
+    )
     return rows
+
+
+def _separator(header: str, kind: str) -> str:
+    """What separates the fields: a tab in .tsv; elsewhere a comma, unless the header has none.
+
+    Only the header decides, and only outside its quotes: fields of text may hold any of them.
+    """
+    if kind == ".tsv":
+        return "\t"
+    outside = re.sub(r'"[^"]*"', "", header)
+    found = [mark for mark in SEPARATORS if mark in outside]
+    return found[0] if len(found) == 1 else ","
 
 
 def _parquet(data: bytes, source: str) -> list[RawRow]:
@@ -241,6 +366,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
+        if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+            return f"not valid JSON: a comma after the object at column {error.colno}; remove it"
+        if error.doc[: error.pos].rstrip().endswith(",") and error.doc[error.pos :].startswith(
+            ("}", "]")
+        ):
+            return f"not valid JSON: a comma before the closing mark at column {error.colno}; remove it"
         return f"not valid JSON: {error.msg} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 

@@ -340,7 +340,8 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
         UserError: data that cannot be used.
     """
     dataset, seed = settings.dataset, settings.training.seed
-    table = data.read(dataset.train, dataset)
+    # Drawn before the validation is cut off, so that both shrink alike.
+    table = data.sample(data.read(dataset.train, dataset), dataset.max_rows, seed)
     labelled = dataset.model_copy(update={"labels": table.labels})
     others = {
         name: data.read(source, labelled)
@@ -375,7 +376,6 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
                 f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
             )
             terminal.notice(f"{name}: columns unused: {columns}")
-    tables["train"] = data.sample(tables["train"], dataset.max_rows, seed)
     return tables
 
 
@@ -421,7 +421,8 @@ def show_data(
     from rich.text import Text
 
     for item in reports.values():
-        terminal.say("data", f"{item.split}: {item.source} (format {item.format})")
+        drawn = f", drawn: {item.drawn}" * bool(item.drawn)
+        terminal.say("data", f"{item.split}: {item.source} (format {item.format}{drawn})")
     terminal.out.print(report.data_table(list(reports.values())))
     for item in reports.values():
         if item.labels:
@@ -485,7 +486,7 @@ def fit(
     if checkpoint:
         terminal.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
-    terminal.say("training", f"{steps} steps of {rows} rows")
+    terminal.say("training", f"{steps} steps of {rows} examples")
     callbacks: list[Any] = []
     if settings.training.early_stopping_patience and "validation" in examples:
         callbacks.append(
