@@ -1064,6 +1064,27 @@ def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
     assert report.notices() == []
 
 
+def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model, renderer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    texts = ["one two three " * 20, "short", "four five " * 9]
+    table = data.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    settings = config.load(None, (), ["dataset.max_length=16"])
+    result = evaluation.measure_responses(model, renderer, table, settings, "model")
+    assert result["rows"] == len(result["losses"]) == 3 and result["tokens_lost"] == 0
+    assert result["tokens"] == sum(len(renderer.text(text)) - 1 for text in texts)
+    # A row that is not split has the loss of its text alone.
+    ids = torch.tensor([renderer.text("short").ids])
+    with torch.inference_mode():
+        alone = model(input_ids=ids, labels=ids).loss.item()
+    assert result["losses"][1] == pytest.approx(alone, rel=1e-4)
+    cut = config.load(None, (), ["dataset.max_length=16", "dataset.overlength=truncate"])
+    shorter = evaluation.measure_responses(model, renderer, table, cut, "model")
+    assert shorter["tokens_lost"] == result["tokens"] - shorter["tokens"] > 0
+
+
 def test_split_is_refused_where_there_is_no_raw_text(write):
     source = write("rows.jsonl", pairs("a", "b"))
     assert "split is for raw text, and the format is prompt_comp" in refusal(

@@ -210,6 +210,10 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
+def _rows(source: dict[str, Any]) -> str:
+    return f"{source['rows']:,} rows"
+
+
 def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     """What the terminal shows: the comparison, the confusion matrices, the verdict."""
     head, rows = summary(result)
@@ -217,7 +221,7 @@ def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     table = Table(
         *head,
         box=box.SIMPLE,
-        title=f"{result['target']} on {source['rows']:,} rows of {source['source']}",
+        title=f"{result['target']} on {source['drawn'] or _rows(source)} of {source['source']}",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -241,7 +245,7 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
     source = result["data"]
     parts = [
         f"# {result['target']}",
-        f"{source['rows']:,} rows of `{source['source']}` (format {source['format']}, "
+        f"{source['drawn'] or _rows(source)} of `{source['source']}` (format {source['format']}, "
         f"method {result['method']})" + (f"; base `{result['base']}`." if result["base"] else "."),
         "\n".join(
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in source["dropped"].items()
