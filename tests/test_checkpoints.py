@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from etude import checkpoints
+from etude import checkpoints, files
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make(home, step):
         checkpoints.save_state(work, {"step": step}, {"moment": torch.full((4,), float(step))})
 
 
-def files(checkpoint):
+def names(checkpoint):
     found = sorted(path.name for path in checkpoint.iterdir())
     assert len(found) == 4
     return found
@@ -48,7 +48,7 @@ def test_the_newest_is_by_number_and_holds_what_was_written(home):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "emptied"])
 def test_damage_to_any_file_is_found_and_the_one_before_is_taken(home, damage):
-    for name in files(home / "checkpoint-10"):
+    for name in names(home / "checkpoint-10"):
         file = home / "checkpoint-10" / name
         content = file.read_bytes()
         if damage == "truncated":
@@ -119,7 +119,7 @@ def test_a_damaged_one_is_replaced(home):
 def test_the_last_and_the_best_are_kept_and_leftovers_go(home):
     for step in range(11, 16):
         make(home, step)
-    (home / f"{checkpoints.UNFINISHED}abc").mkdir()
+    files.unfinished(home).mkdir()
     checkpoints.retain(home, 15, 2, best=11)
     assert sorted(path.name for path in home.iterdir()) == [
         "checkpoint-11", "checkpoint-14", "checkpoint-15"
@@ -139,10 +139,10 @@ def test_a_damaged_one_does_not_count_in_place_of_the_one_just_made(home):
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "config.yml"
-    checkpoints.write_text(file, "first")
+    files.write_text(file, "first")
     monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpoints.write_text(file, "second, and longer")
+        files.write_text(file, "second, and longer")
     assert file.read_text() == "first"
 
 

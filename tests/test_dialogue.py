@@ -1,7 +1,8 @@
 """The conversation as it goes on: turns, what fits the window, and its file."""
 
+import errno
 import json
-from pathlib import Path
+import os
 
 import pytest
 from hypothesis import given
@@ -128,11 +129,14 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         save(broken, tmp_path / "c.json")
     whole = Conversation()
     exchange(whole, "a", "b")
-    with open("/dev/full", "wb") as full:  # every write to it finds the disk full
-        monkeypatch.setattr(Path, "open", lambda self, mode: (self.touch(), full)[1])
-        with pytest.raises(UserError, match="No space left"):
-            save(whole, tmp_path / "c.json")
-    assert not (tmp_path / "c.json").exists()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(whole, tmp_path / "c.json")
+    assert not list(tmp_path.iterdir())
 
 
 def user(content):

@@ -23,7 +23,7 @@ MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluatio
 # What a document may name although it is in no checkout: what a run holds, and a reader's files.
 RUN_FILES = {
     "adapter_model.safetensors", "adapter_config.json", "manifest.json", "proof.json", "started.json", "metrics.jsonl",
-    "loss.png", "checkpoints/", "evaluation/", "report.md", "report.json", "predictions.jsonl",
+    ".etude-lock", "loss.png", "checkpoints/", "evaluation/", "report.md", "report.json", "predictions.jsonl",
     "confusion-*.png",
 }  # fmt: skip
 READERS_FILES = {"my.yml", "mine.yml", "reviews.csv", "./merged", ".venv/bin/activate"}

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "etude"
 
 LAYERS = [
     ["__init__", "errors", "bounded"],
-    ["foreign", "ranks"],
+    ["files", "foreign", "ranks"],
     ["strict_yaml", "sources"],
     ["config"],
     ["device", "conversation", "columns"],

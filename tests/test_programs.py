@@ -121,7 +121,8 @@ def test_a_finished_run_is_never_overwritten(run, tiny_model, files):
     (foreign / "thesis.txt").write_text("mine")
     result = etude(*train_arguments(tiny_model, files, foreign))
     assert result.exit_code == 2
-    assert "is not a run" in result.output
+    assert "is not a run: it holds thesis.txt" in result.output
+    assert "remove" not in result.output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -344,6 +345,12 @@ def test_every_program_runs_as_a_module(module):
     command = [sys.executable, "-m", f"etude.{module}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "KEY=VALUE" in done.stdout
+
+
+def test_the_simple_script_overwrites_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(simple_script, "OUTPUT", tmp_path)
+    with pytest.raises(SystemExit, match="exists, and is not overwritten"):
+        simple_script.main()
 
 
 @pytest.mark.real

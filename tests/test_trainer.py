@@ -368,7 +368,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypat
     for key in ("steps", "train_loss", "eval_loss"):
         assert again[key] == results[key]
     # Once more, from its end: nothing is left to do but to tidy up, and it is the same still.
-    leftover = folder / runs.CHECKPOINTS / f"{checkpoints.UNFINISHED}abc"
+    leftover = folder / runs.CHECKPOINTS / ".unfinished-0123456789abcdef"
     leftover.mkdir()
     model, again, _ = fitted(settings, folder, resumed(folder))
     assert not leftover.exists()

@@ -31,7 +31,7 @@ from typing import Any
 
 import typer
 
-from etude import checkpoints, models, proof, report, runs, terminal, train_with_config
+from etude import checkpoints, files, models, proof, report, runs, terminal, train_with_config
 
 OFTEN = 5  # kills from which a training counts as often killed
 ADAPTER = "adapter_model.safetensors"
@@ -107,7 +107,7 @@ class Sweep:
 
     def unfinished(self) -> set[Path]:
         """What is being written, or was when a kill came."""
-        name = f"{checkpoints.UNFINISHED}*"
+        name = f"{files.UNFINISHED}*"
         return {*self.folder.glob(name), *self.home.glob(name)}
 
     def check(self) -> None:
@@ -169,6 +169,9 @@ class Sweep:
             where = "in a save" if self.unfinished() - there else "elsewhere"
             where = "after the last checkpoint" if self.step == self.steps else where
             self.counts[f"kills {where}"] += 1
+            self.counts["locks of killed processes taken over"] += (
+                self.folder / runs.LOCK
+            ).exists()
             if (self.folder / runs.MANIFEST).is_file():  # the kill came when all was done
                 code, kills = 0, kills + 1
                 break

@@ -185,9 +185,8 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
         raise UserError("the model is not loaded here")
 
     def report(name: str) -> None:
-        folder = evaluation.report_folder(name, None)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text("{}")
+        with evaluation.report_folder(name, None) as folder:
+            (folder / "report.json").write_text("{}")
 
     def output(name: str) -> None:
         training.open_folder(config.load(None, overrides=[f"output.dir={scalar(name)}"]), None)

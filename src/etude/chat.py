@@ -78,6 +78,7 @@ def chat(
     if question is None:
         say(f"Loading {name} ...")
     terminal.quiet_transformers()
+    runs.refuse_live(name)
     target = runs.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
     if question is None:

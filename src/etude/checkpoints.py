@@ -6,16 +6,13 @@ is found by its sums and passed over.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude import files
 from etude.errors import UserError, first_line
 from etude.foreign import usual_mode
 
@@ -38,7 +35,6 @@ SHAPE: dict[str, type | tuple[type, ...]] = {
     "scaler": (dict, type(None)),
     "random": dict,
 }
-UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
 
 
 def name(step: int) -> str:
@@ -51,43 +47,28 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write `file` whole or not at all: beside its place, flushed, renamed."""
-    work = file.with_name(f"{UNFINISHED}{file.name}")
-    with work.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    work.replace(file)
-    _flush(file.parent)
-
-
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends; an error leaves nothing of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
-    try:
+    with files.scratch(target.parent) as work:
         yield work
-        write_text(work / SUMS, json.dumps({file.name: sha256(file) for file in _files(work)}))
+        sums = {file.name: files.sha256(file) for file in _files(work)}
+        files.write_text(work / SUMS, json.dumps(sums))
         for file in _files(work):
             usual_mode(file)
-            _flush(file)
-        usual_mode(work)
-        _flush(work)
+            files.flush(file)
+        files.flush(work)
         remove(target)  # there only if it did not verify
         work.rename(target)
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        files.flush(target.parent)
 
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; its name goes first, so that no half of it is ever taken for one."""
     if checkpoint.exists():
-        gone = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=checkpoint.parent)) / checkpoint.name
-        checkpoint.rename(gone)
-        shutil.rmtree(gone.parent)
+        with files.scratch(checkpoint.parent) as gone:
+            checkpoint.rename(gone / checkpoint.name)
 
 
 def why_not(checkpoint: Path) -> str | None:
@@ -102,7 +83,7 @@ def why_not(checkpoint: Path) -> str | None:
                 return f"{file} is missing"
             if file not in sums:
                 return f"{file} does not belong to it"
-            if sha256(found[file]) != sums[file]:
+            if files.sha256(found[file]) != sums[file]:
                 return f"{file} is damaged"
     except (OSError, ValueError, RecursionError) as error:
         return f"{SUMS} cannot be read: {error}"
@@ -120,24 +101,22 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def retain(folder: Path, step: int, keep: int, best: int | None) -> None:
+def retain(
+    folder: Path, step: int, keep: int, best: int | None, own: Collection[str] | None = None
+) -> None:
     """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind.
+
+    `own` names those that the run made; another's stay and do not count.
 
     `step` is the training's. Later ones were passed over when it was resumed, so they are damaged: they
     go too, for they must not count in place of whole ones.
     """
-    kept = [checkpoint for checkpoint in _all(folder) if step_of(checkpoint) <= step][-keep:]
-    for checkpoint in _all(folder):
+    made = [checkpoint for checkpoint in _all(folder) if own is None or checkpoint.name in own]
+    kept = [checkpoint for checkpoint in made if step_of(checkpoint) <= step][-keep:]
+    for checkpoint in made:
         if checkpoint not in kept and step_of(checkpoint) != best:
             remove(checkpoint)
-    for leftover in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    files.clear(folder)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -148,17 +127,6 @@ def _all(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and writes names by itself
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- the state of a training: tensors to safetensors, the rest to JSON ------------------------------

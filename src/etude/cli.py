@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from etude import chat, data, evaluation, models, proof, runs, terminal, train_with_config
+from etude import chat, data, evaluation, files, models, proof, runs, terminal, train_with_config
 from etude import config as configuration
 from etude.errors import UserError, command
 from etude.foreign import expanded
@@ -28,8 +28,7 @@ def init(
 ) -> None:
     """Write a config.yml with every key, its default and what it does."""
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(configuration.to_yaml(configuration.Config()))
+        files.write_new(file, configuration.to_yaml(configuration.Config()).encode())
     except FileExistsError:
         raise UserError(
             f"{file} exists and is not overwritten; give another name: etude init other.yml"

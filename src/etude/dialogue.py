@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from etude.conversation import Message, Renderer
 from etude.errors import UserError
+from etude.files import write_new
 from etude.foreign import read_text
 
 HALF = re.compile("[\ud800-\udfff]")  # what JSON can spell and no text may hold
@@ -90,16 +92,10 @@ def save(conversation: Conversation, path: Path) -> None:
         raise UserError(f"{path} is no file name; for example: /save talk.json")
     try:
         data = json.dumps(asdict(conversation), ensure_ascii=False, indent=2).encode()
-        with path.open("xb") as stream:
-            try:
-                stream.write(data)
-                stream.flush()
-            except OSError:  # a full disk: half a conversation would only stand in the way
-                path.unlink()
-                raise
+        write_new(path, data)
     except FileExistsError:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-        free = next(name for name in names if not name.exists())
+        free = next(name for name in names if not os.path.lexists(name))
         raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
     except (OSError, ValueError) as error:  # a name can hold what no file system takes
         reason = getattr(error, "strerror", None) or error

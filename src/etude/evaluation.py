@@ -1,6 +1,8 @@
 """A run or a base in, a report out: a whole data set with metrics, or a single text."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -14,7 +16,7 @@ import typer
 from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
 from etude.config import Config, normal_label
 from etude.conversation import Example, Message, Renderer, RenderError
-from etude.errors import UserError
+from etude.errors import UserError, command
 from etude.foreign import expanded
 
 ANSWER_TOKENS = 16  # room after a prompt: a label and its end
@@ -45,6 +47,7 @@ def evaluate(
             "command line: which run or model? For example: etude evaluate runs/quickstart"
         )
     # Config and data first: their faults show before a model is loaded.
+    runs.refuse_live(name)
     settings = runs.open_config(name, overrides)
     if base and not lora.is_adapter(expanded(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
@@ -56,7 +59,6 @@ def evaluate(
             single(model, target, text)
         return
     table = read_table(settings, data_file)
-    folder = report_folder(name, out)
     judged = [row for row in table.rows if row.quality]
     if judged:
         if base:
@@ -65,17 +67,17 @@ def evaluate(
                 "measured; leave --base out"
             )
         table = dataclasses.replace(table, rows=judged)
-    # Before the long part: a folder that cannot be made is told now.
-    folder.mkdir(parents=True, exist_ok=True)
-    if judged:
-        measured = {"heuristics": measure_judgement(table, settings)}
-    else:
-        measured = {
-            title: measure(model, target, table, title)
-            for title, model, target in models(name, overrides, base)
-        }
-    result = assemble(name, settings, table, measured)
-    report.write_evaluation(result, measured, table.rows, folder)
+    # Before the long part: a folder that cannot be made is an error now, and no other process takes it.
+    with report_folder(name, out) as folder:
+        if judged:
+            measured = {"heuristics": measure_judgement(table, settings)}
+        else:
+            measured = {
+                title: measure(model, target, table, title)
+                for title, model, target in models(name, overrides, base)
+            }
+        result = assemble(name, settings, table, measured)
+        report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         terminal.out.print(block)
     terminal.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
@@ -113,21 +115,43 @@ def read_table(settings: Config, data_file: str | None) -> data.Table:
     return data.sample(table, settings.evaluation.max_rows, settings.training.seed)
 
 
-def report_folder(name: str, out: Path | None) -> Path:
-    """Where the report goes; a report that is there already is never overwritten."""
+@contextlib.contextmanager
+def report_folder(name: str, out: Path | None) -> Iterator[Path]:
+    """An empty folder for the report, made and held for this process; without a report it goes again.
+
+    Raises:
+        UserError: `out` holds something, or another process writes there.
+    """
+    if out:
+        folder = expanded(str(out))
+        with runs.held(folder):
+            there = runs.entries(folder)
+            if there:
+                what = "a report" if "report.json" in there else ", ".join(there[:5])
+                raise UserError(
+                    f"--out: {folder} holds {what} already; give a new folder: "
+                    f"{command('--out', runs.free(folder))}"
+                )
+            yield folder
+        return
     # A model's own folder is no place for reports; a run's is.
     run = lora.is_adapter(expanded(name))
     home = expanded(name) if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
     if not run and not Path(os.path.realpath(home)).is_relative_to(os.path.realpath("runs")):
         raise UserError(f"{home} is a link that leads out of runs/; give a folder: --out FOLDER")
-    folder = expanded(str(out)) if out else home / "evaluation"
-    if out and (folder / "report.json").exists():
-        raise UserError(f"--out: {folder} holds a report already; choose another folder")
-    number = 1
-    while (folder / "report.json").exists():
-        number += 1
-        folder = home / f"evaluation-{number}"
-    return folder
+    with contextlib.ExitStack() as stack:
+        for number in itertools.count(1):
+            folder = home / (f"evaluation-{number}" if number > 1 else "evaluation")
+            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+                continue
+            if folder.is_dir() and runs.entries(folder):
+                continue
+            with contextlib.suppress(runs.Busy):
+                stack.enter_context(runs.held(folder))
+                if not runs.entries(folder):
+                    break
+                stack.close()  # another process was quicker
+        yield folder
 
 
 def measure(model: Any, target: runs.Target, table: data.Table, name: str) -> dict[str, Any]:

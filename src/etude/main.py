@@ -36,6 +36,10 @@ QUESTION = "Classify the sentiment of the text as one of: negative, neutral, pos
 
 def main() -> None:
     """Load, prepare, train, save, try."""
+    if OUTPUT.exists():
+        raise SystemExit(
+            f"error: {OUTPUT} exists, and is not overwritten; rename it, or change OUTPUT"
+        )
     set_seed(42)
 
     # --- 2. The base and its tokenizer -------------------------------------------------------

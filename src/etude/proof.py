@@ -14,7 +14,6 @@ from etude.config import Config
 from etude.conversation import Example
 from etude.errors import UserError
 
-PROOF = "proof.json"
 # Where the trainer measured no validation loss, so many examples are measured for the proof.
 EXAMPLES = 64
 # How far the loss in a new process may be from the training's: relative, and in nats.
@@ -50,7 +49,7 @@ def expect(
         "quantization": settings.model.quantization,
         "loss": {"split": split, "data": fingerprints[split], "rows": rows, "value": loss},
     }
-    (folder / PROOF).write_text(json.dumps(expected, indent=1), encoding="utf-8")
+    runs.write(folder, runs.PROOF, json.dumps(expected, indent=1))
     return str(expected["sha256"])
 
 
@@ -111,12 +110,12 @@ def read_expected(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: nothing was written, or it is damaged.
     """
-    if not (folder / PROOF).is_file():
+    if not (folder / runs.PROOF).is_file():
         raise UserError(
-            f"{folder}: no {PROOF} here, so there is nothing to hold the adapter against; it is "
+            f"{folder}: no {runs.PROOF} here, so there is nothing to hold the adapter against; it is "
             "written at the end of `etude train`"
         )
-    return runs.read_checked(folder / PROOF, runs.Proof)
+    return runs.read_checked(folder / runs.PROOF, runs.Proof)
 
 
 def examine(

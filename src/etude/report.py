@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from etude import files
 from etude.data import Report, Row
 from etude.errors import command
 from etude.models import SAMPLE
@@ -299,28 +300,38 @@ def _code(text: str) -> str:
 def write_evaluation(
     result: dict[str, Any], measured: dict[str, dict[str, Any]], rows: Sequence[Row], folder: Path
 ) -> None:
-    """Write report.json, report.md, the pictures and predictions.jsonl (every row, every answer)."""
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream:
-        for at, row in enumerate(rows):
-            line: dict[str, Any] = {"line": row.line, "text": row.text, "messages": row.messages}
-            line |= {"label": row.label, "quality": row.quality}
-            for name, figures in measured.items():
-                if "said" in figures:
-                    line[name] = {
-                        "predicted": figures["predicted"][at],
-                        "said": figures["said"][at],
-                    }
-            stream.write(
-                json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n"
-            )
-    classified = [n for n, f in result["models"].items() if f["kind"] == "classification"]
-    pictures = {name: f"confusion-{name}.png" for name in classified}
-    text = evaluation_markdown(result, pictures, _examples(measured, rows))
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    for name, file in pictures.items():
-        figures = result["models"][name]
-        confusion_plot(figures, f"{name}: accuracy {figures['accuracy']:.3f}", folder / file)
+    """Write predictions.jsonl (every row, every answer), the pictures, report.md, and last report.json.
+
+    Each is whole or not at all; a folder with a report.json has them all.
+
+    Raises:
+        FileExistsError: one of them is there already.
+    """
+    with files.scratch(folder) as work:
+        with (work / "predictions.jsonl").open("w", encoding="utf-8") as stream:
+            for at, row in enumerate(rows):
+                line: dict[str, Any] = {"line": row.line, "text": row.text}
+                line |= {"messages": row.messages, "label": row.label, "quality": row.quality}
+                for name, figures in measured.items():
+                    if "said" in figures:
+                        line[name] = {
+                            "predicted": figures["predicted"][at],
+                            "said": figures["said"][at],
+                        }
+                stream.write(
+                    json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n"
+                )
+        classified = [n for n, f in result["models"].items() if f["kind"] == "classification"]
+        pictures = {name: f"confusion-{name}.png" for name in classified}
+        for name, file in pictures.items():
+            figures = result["models"][name]
+            confusion_plot(figures, f"{name}: accuracy {figures['accuracy']:.3f}", work / file)
+        text = evaluation_markdown(result, pictures, _examples(measured, rows))
+        (work / "report.md").write_text(text, encoding="utf-8")
+        (work / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        for file in ("predictions.jsonl", *pictures.values(), "report.md", "report.json"):
+            files.flush(work / file)
+            files.place(work / file, folder / file)
 
 
 def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: int = 5) -> str:

@@ -1,7 +1,17 @@
 """A run is a folder: config.yml, adapter, manifest.json, metrics.jsonl, plots. This file opens and writes it."""
 
+import contextlib
+import datetime
+import errno
 import importlib.metadata
+import itertools
+import json
+import logging
+import os
 import platform
+import re
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,13 +19,27 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from etude import config as configuration
-from etude import device, foreign, lora, models, ranks
+from etude import device, files, foreign, lora, models, ranks
 from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError, command
 
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "train.log", "checkpoints"
+CARD, PICTURE, PROOF = "README.md", "loss.png", "proof.json"
+LOCK = ".etude-lock"
+# All that a training writes but the file by which its folder is known.
+PRODUCTS = (
+    *(CONFIG, METRICS, LOG, CHECKPOINTS, lora.WEIGHTS, lora.ADAPTER_CONFIG),
+    *(PROOF, CARD, PICTURE, MANIFEST),
+)
+# How the lines look that a training appends: such a file is known by them, for its sum changes.
+LINES = {
+    METRICS: re.compile(r'\{"step": \d+, "seconds": |\s*$'),
+    LOG: re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d|\s*$"),
+}
+MADE_BY = {"program": "etude"}  # in the files by which a run and its lock are known
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 TEMPLATE_LIMIT = 2**20  # bytes
 LIBRARIES = (
     "etude",
@@ -27,6 +51,12 @@ LIBRARIES = (
     "safetensors",
     "datasets",
 )
+
+log = logging.getLogger(__name__)
+
+
+class Busy(UserError):
+    """Another process writes in the folder."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +139,16 @@ def open_config(name: str, overrides: list[str]) -> Config:
         if not named:
             raise UserError(f"{name}: adapter_config.json does not name the adapter's base")
         name = named
-    elif (folder / CONFIG).is_file():
+    elif started(folder) is not None:
+        refuse_live(name)
         raise UserError(
             f"{name}: this run has no adapter yet; its training did not end. "
             f"To finish it, {go_on(folder)}"
+        )
+    elif (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name}: there is a {CONFIG} but neither an adapter nor a run of Etude's in this folder. "
+            f"To train by it: {command('etude', 'train', folder / CONFIG)}"
         )
     elif name.startswith(("runs/", "./", "../", "/", "~")) and not folder.exists():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
@@ -271,3 +307,231 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
     libraries, flags = environment.get("libraries"), environment.get("cpu_flags")
     flat |= libraries if isinstance(libraries, dict) else {}
     return flat | ({f"CPU flag {flag}": "yes" for flag in flags} if isinstance(flags, list) else {})
+
+
+# --- whose a folder is: nothing but what this very run wrote is ever replaced -----------------
+
+
+def started(folder: Path) -> dict[str, Any] | None:
+    """What the run in `folder` started from, by which it is known; None if it is no run of Etude's.
+
+    Its "written" names all that the run wrote, with the SHA-256 of what does not grow.
+    """
+    file = folder / STARTED
+    try:
+        facts = {} if file.is_symlink() else foreign.read_json(file)
+    except ValueError:
+        return None
+    if facts.items() >= MADE_BY.items():
+        return facts if isinstance(facts.get("written"), dict) else None
+    # Runs of earlier versions are known by the versions that they note.
+    stored = facts.get("environment")
+    libraries = stored.get("libraries") if isinstance(stored, dict) else None
+    if not isinstance(libraries, dict) or "etude" not in libraries:
+        return None
+    made = (folder / CHECKPOINTS).glob("*")
+    written = [CONFIG, METRICS, LOG, *(f"{CHECKPOINTS}/{path.name}" for path in made)]
+    return {**facts, **MADE_BY, "written": {name: [] for name in written}}
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` holds a finished run; a manifest.json of another program does not make one."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        return foreign.read_json(folder / MANIFEST).keys() >= {"base", "chat_format"}
+    except ValueError:
+        return started(folder) is not None
+
+
+def begin(folder: Path, facts: dict[str, Any]) -> None:
+    """Write started.json, by which what a kill leaves in `folder` is known as a run: the first file."""
+    before = started(folder) or {"written": {METRICS: [], LOG: []}}
+    value = {**MADE_BY, **facts, "written": before["written"]}
+    files.write_text(folder / STARTED, json.dumps(value, indent=1))
+
+
+def record(folder: Path, name: str, digest: str | None = None) -> None:
+    """Note in started.json that this run is about to write `name`; `digest` is its SHA-256 if it has one.
+
+    Raises:
+        UserError: something has that name which this run did not write.
+    """
+    refuse_foreign(folder, [name])
+    facts = started(folder)
+    assert facts is not None
+    sums = facts["written"].setdefault(name, [])
+    if digest is not None and digest not in sums:
+        sums.append(digest)
+    files.write_text(folder / STARTED, json.dumps(facts, indent=1))
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    """Write the file `name` of the run in `folder`, whole or not at all.
+
+    Raises:
+        UserError: something has that name which this run did not write.
+    """
+    with files.beside(folder / name, text.encode()) as work:
+        record(folder, name, None if name in LINES else files.sha256(work))
+        files.replace(work, folder / name)
+
+
+def move_in(folder: Path, work: Path) -> None:
+    """Give the finished file `work` its name in the run's folder, as `write` does."""
+    files.flush(work)
+    record(folder, work.name, files.sha256(work))
+    files.replace(work, folder / work.name)
+
+
+def refuse_foreign(folder: Path, names: Sequence[str] = PRODUCTS) -> None:
+    """Raise UserError where one of `names`, about to be written, is not what the run in `folder` wrote."""
+    facts = started(folder)
+    if facts is None:
+        raise UserError(
+            f"{folder}: its {STARTED}, by which it is known as a run, is gone or was changed, so "
+            f"nothing more is written there. Put it back, or start another run: {elsewhere(folder)}"
+        )
+    found = [name for name in names if not _written_here(folder, name, facts["written"])]
+    if found:
+        raise UserError(
+            f"{folder}: {', '.join(found)}: not as this run wrote it, so it is not replaced. Move it "
+            f"elsewhere and go on, or start another run: {elsewhere(folder)}"
+        )
+
+
+def _written_here(folder: Path, name: str, written: dict[str, Any]) -> bool:
+    """Whether `name` is free in `folder`, or what the run wrote there."""
+    try:
+        mode = (folder / name).lstat().st_mode
+    except FileNotFoundError:
+        return True
+    if name == CHECKPOINTS:
+        return stat.S_ISDIR(mode)
+    if name.startswith(f"{CHECKPOINTS}/"):
+        return stat.S_ISDIR(mode) and (name in written or not any((folder / name).iterdir()))
+    if name not in written:
+        return False
+    if not stat.S_ISREG(mode):
+        return False
+    if name in LINES:
+        lines = (folder / name).read_text(encoding="utf-8", errors="replace").split("\n")
+        # A kill may have cut the last one short.
+        return all(LINES[name].match(line) for line in lines[:-1])
+    return not written[name] or files.sha256(folder / name) in written[name]
+
+
+def free(folder: Path) -> Path:
+    """A name beside `folder` that nothing has yet."""
+    whole = folder if folder.name not in ("", "..") else Path("runs", "run")
+    names = (whole.with_name(f"{whole.name}-{number}") for number in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def elsewhere(folder: Path) -> str:
+    """The setting that starts another run, beside `folder`."""
+    return command(f"output.dir={free(folder)}")
+
+
+def entries(folder: Path) -> list[str]:
+    """What is in `folder`, a run's lock and what kills left behind aside."""
+    left = {path.name for path in files.leftovers(folder)} | {LOCK}
+    return sorted(path.name for path in folder.iterdir() if path.name not in left)
+
+
+# --- one writer -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the one process that writes in `folder`, which is made; if it is empty at the end, it goes again.
+
+    The lock is the kernel's, on a file that says who holds it: a process that was killed holds none.
+
+    Raises:
+        Busy: another process holds it.
+        UserError: no folder, or a lock file that is not Etude's.
+    """
+    import filelock
+
+    file, made = folder / LOCK, False
+    lock = filelock.FileLock(file, fallback_to_soft=False)
+    while not lock.is_locked:
+        try:
+            made |= not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_lock(file)
+            lock.acquire(timeout=0.2)
+        except FileNotFoundError:  # who made the folder gave it up at this moment
+            continue
+        except FileExistsError:
+            raise UserError(f"{folder} exists and is no folder; choose another") from None
+        except filelock.Timeout:
+            raise Busy(
+                f"{folder} is being written by {_described(file)}. Wait for its end, or choose another "
+                f"folder: {free(folder)}"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s: no locks on this file system; start nothing else that writes there", folder
+            )
+            break
+    try:
+        if lock.is_locked:
+            since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            who = {**MADE_BY, "host": platform.node(), "process": os.getpid(), "since": since}
+            file.write_text(json.dumps(who), encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_lock(file: Path) -> None:
+    """Raise UserError if `file` is there and is no lock of Etude's; an empty one is, from a kill."""
+    if os.path.lexists(file) and file.lstat().st_size:
+        try:
+            ours = not file.is_symlink() and foreign.read_json(file).items() >= MADE_BY.items()
+        except ValueError:
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{file} is not what Etude writes, and takes the name of its lock; move it elsewhere, or "
+                f"choose another folder: {free(file.parent)}"
+            )
+
+
+def _described(file: Path) -> str:
+    """Who holds the lock `file`, in words."""
+    try:
+        who = foreign.read_json(file)
+        return f"process {who['process']} on {who['host']} since {who['since']}"
+    except (
+        ValueError,
+        KeyError,
+    ):  # it is about to be written, or cannot be read while it is locked
+        return "another process"
+
+
+def refuse_live(name: str) -> None:
+    """Raise Busy if the run `name` is being trained at this moment."""
+    import filelock
+
+    file = foreign.expanded(name) / LOCK
+    if not file.is_file():
+        return
+    try:
+        with filelock.FileLock(file, timeout=0, fallback_to_soft=False):
+            pass
+    except filelock.Timeout:
+        raise Busy(
+            f"{name}: this run is being trained by {_described(file)}; wait for its end"
+        ) from None
+    except OSError:  # not to be written by this user, or no locks here
+        return

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from etude import ranks
+from etude import files, ranks
 from etude.config import Config, key_paths
 from etude.errors import UserError
 from etude.foreign import expanded
@@ -65,12 +65,7 @@ class _Log:
         text, self.kept = "".join(self.kept), []
         # A full disk ends the training where it saves something, with words of its own.
         with contextlib.suppress(OSError):
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            descriptor = os.open(self.file, flags, 0o666)
-            try:
-                os.write(descriptor, text.encode(errors="replace"))
-            finally:
-                os.close(descriptor)
+            files.append(self.file, text)
 
 
 _log = _Log()

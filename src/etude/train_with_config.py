@@ -19,6 +19,7 @@ from etude import (
     checkpoints,
     data,
     device,
+    files,
     lora,
     models,
     plan,
@@ -98,14 +99,27 @@ def run_training(
     terminal.start_log()
     training = settings.training
     ranks.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
+    folder = expanded(settings.output.dir)
+    refuse_taken(folder)
+    # One of several processes writes for all.
+    with runs.held(folder) if ranks.FIRST else contextlib.nullcontext():
+        _train_in(folder, settings, resume, force, again)
+
+
+def _train_in(
+    folder: Path,
+    settings: Config,
+    resume: bool | None,
+    force: bool,
+    again: dict[str, Any] | None,
+) -> None:
+    """Train in `folder`, in which no other process writes."""
     folder, checkpoint = open_folder(settings, resume, force)
 
     # The data is read before the model is loaded: its faults show in a second, not after minutes.
     tables = read_tables(settings)
     if again:
         check_data(again, tables)
-    if ranks.FIRST:  # one of several processes writes for all
-        folder.mkdir(parents=True, exist_ok=True)
     place = choose_device(settings)
     terminal.quiet_transformers()
     # Whether it fits is known from the model's shape, before its weights are loaded.
@@ -149,7 +163,10 @@ def run_training(
     if not ranks.FIRST:
         return
 
-    lora.save(model, folder)
+    with files.scratch(folder) as work:
+        lora.save(model, work)
+        for name in (lora.WEIGHTS, lora.ADAPTER_CONFIG):  # PEFT adds a card, and ours comes later
+            runs.move_in(folder, work / name)
     fingerprints = {split: table.fingerprint for split, table in tables.items()}
     digest = proof.expect(folder, model, settings, examples, fingerprints, results["eval_loss"])
     # The new process needs the memory in which this one holds its model.
@@ -160,10 +177,12 @@ def run_training(
     manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
     manifest["adapter"] = {"sha256": digest}
     card = report.model_card(settings, manifest, parameters)
-    checkpoints.write_text(folder / "README.md", card)
-    report.loss_plot(folder / runs.METRICS, folder / "loss.png")
+    runs.write(folder, runs.CARD, card)
+    with files.scratch(folder) as work:
+        report.loss_plot(folder / runs.METRICS, work / runs.PICTURE)
+        runs.move_in(folder, work / runs.PICTURE)
     # Last: a folder with a manifest is a finished run.
-    checkpoints.write_text(folder / runs.MANIFEST, json.dumps(manifest, indent=1))
+    runs.write(folder, runs.MANIFEST, json.dumps(manifest, indent=1))
     show_end(settings, results)
 
 
@@ -200,32 +219,27 @@ def open_folder(
     """The run's folder, and the newest checkpoint that verifies, to go on from.
 
     Raises:
-        UserError: the folder holds something already, other settings than those to go on with, no
-            checkpoint that is whole; or `resume` and nothing to go on with.
+        UserError: the folder holds what this run did not write, other settings than those to go on
+            with, no checkpoint that is whole; or `resume` and nothing to go on with.
     """
     folder = expanded(settings.output.dir)
-    found = folder.iterdir() if folder.is_dir() else []
-    there = [path for path in found if not path.name.startswith(checkpoints.UNFINISHED)]
-    if (folder.exists() and not folder.is_dir()) or (
-        there and not (folder / runs.CONFIG).is_file()
-    ):
-        raise UserError(
-            f"output.dir: {folder} exists and is not a run; choose another: output.dir=runs/NAME"
-        )
-    free = next(name for n in range(2, 10**6) if not (name := Path(f"{folder}-{n}")).exists())
-    other = command(f"output.dir={free}")
-    if (folder / runs.MANIFEST).is_file():
-        raise UserError(
-            f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder "
-            f"({other}), or remove that one"
-        )
+    refuse_taken(folder)
+    if ranks.FIRST and runs.started(folder):
+        # The configuration is compared below, and is replaced only where it must be.
+        runs.refuse_foreign(folder, [name for name in runs.PRODUCTS if name != runs.CONFIG])
+    other = runs.elsewhere(folder)
     checkpoint, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
     for notice in passed_over:
         terminal.notice(notice)
     if checkpoint is None and passed_over:
         raise UserError(
             f"output.dir: {folder} holds no checkpoint that is whole, so there is nothing to go on from. "
-            f"Remove the folder, or start another run: {other}"
+            f"Start another run: {other}"
+        )
+    if checkpoint is None and (folder / lora.WEIGHTS).exists():
+        raise UserError(
+            f"output.dir: {folder} holds an adapter and no checkpoint to go on from, so training there would "
+            f"replace it. Start another run: {other}"
         )
     if checkpoint is None:  # it came to nothing, so there is nothing to lose
         if resume:
@@ -260,6 +274,26 @@ def open_folder(
             f"{same}; start another run: {other}; or go on all the same: --force",
         )
     return folder, checkpoint
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise UserError if `folder` holds a finished run, or anything that no training of Etude wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"output.dir: {folder} exists and is no folder; choose another: {runs.elsewhere(folder)}"
+        )
+    there = runs.entries(folder) if folder.is_dir() else []
+    if there and runs.is_finished(folder):
+        raise UserError(
+            f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder: "
+            f"{runs.elsewhere(folder)}"
+        )
+    if there and runs.started(folder) is None:
+        more = f" and {len(there) - 5:,} more" if len(there) > 5 else ""
+        raise UserError(
+            f"output.dir: {folder} is not a run: it holds {', '.join(there[:5])}{more}, which no training of "
+            f"Etude wrote there, and which stays as it is. Choose another folder: {runs.elsewhere(folder)}"
+        )
 
 
 def refuse_unless(force: bool, problem: str) -> None:
@@ -307,7 +341,7 @@ def start_folder(
     environment = runs.environment()
     metrics, lines = folder / runs.METRICS, []
     if checkpoint:
-        stored = runs.read_json(folder / runs.STARTED)
+        stored = runs.started(folder) or runs.read_json(folder / runs.STARTED)
         before = stored.get("environment")
         if not isinstance(before, dict):
             raise UserError(
@@ -325,12 +359,13 @@ def start_folder(
         # What was logged after the checkpoint is about to happen again; a torn last line goes too.
         step = checkpoints.step_of(checkpoint)
         lines = [line for line in report.read_metrics(metrics) if line["step"] <= step]
-    # The configuration first: with it, what a kill leaves here is known as a run.
-    checkpoints.write_text(folder / runs.CONFIG, configuration.to_yaml(settings))
-    checkpoints.write_text(
-        folder / runs.STARTED, json.dumps({**facts, "environment": environment}, indent=1)
-    )
-    checkpoints.write_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    files.clear(folder)
+    runs.begin(folder, {**facts, "environment": environment})
+    # One that was edited and says the same stays as it is, its comments too.
+    file = folder / runs.CONFIG
+    if not file.exists() or configuration.load(file) != settings:
+        runs.write(folder, runs.CONFIG, configuration.to_yaml(settings))
+    runs.write(folder, runs.METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:

@@ -19,12 +19,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from etude import batching, checkpoints, lora, ranks
+from etude import batching, checkpoints, files, lora, ranks
 from etude.config import Config
 from etude.conversation import Example
 from etude.device import Device
 from etude.errors import UserError
-from etude.runs import CHECKPOINTS, METRICS
+from etude.runs import CHECKPOINTS, METRICS, record, started
 
 log = logging.getLogger(__name__)
 
@@ -363,6 +363,8 @@ class StepTrainer(Trainer):
                 "random": values,
             }
             home = Path(str(self.args.output_dir))
+            if started(home.parent):
+                record(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
             with checkpoints.writing(home / checkpoints.name(step)) as work:
                 lora.save(self.model, work)
                 self.state.save_to_json(str(work / TRAINER_STATE_NAME))
@@ -373,7 +375,9 @@ class StepTrainer(Trainer):
     def _retain(self) -> None:
         state, keep = self.state, self.args.save_total_limit or 1
         home = Path(str(self.args.output_dir))
-        checkpoints.retain(home, state.global_step, keep, state.best_global_step)
+        facts = started(home.parent)
+        own = facts and [name.rpartition("/")[2] for name in facts["written"]]
+        checkpoints.retain(home, state.global_step, keep, state.best_global_step, own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         lora.restore(self.model, Path(resume_from_checkpoint))
@@ -459,8 +463,7 @@ class Recorder(TrainerCallback):
             "seconds": round(self.trainer.seconds, 2),
             **(logs or {}),
         }
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        files.append(self._file, json.dumps(line) + "\n")
 
 
 def steps(config: Config, examples: int) -> int:
