@@ -46,7 +46,7 @@ NAMES = [
 OURS = {*runs.PRODUCTS, runs.STARTED}
 RESULT = {
     "models": {"model": {"kind": "responses", "perplexity": 1.0}}, "target": "x", "base": None, "method": "greedy",
-    "data": {"rows": 0, "source": "x", "format": "text"},
+    "data": {"rows": 0, "source": "x", "format": "text", "dropped": {}},
 }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def training(program):
 
 
 def settings_of(folder):
-    return configuration.load(None, overrides=[f"output.dir={json.dumps(str(folder))}"])
+    return configuration.load(None, overrides=[f"output.dir={folder}"])
 
 
 def train(folder, **options):
