@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -604,6 +605,13 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
     with runs.held(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in (Path("/proc/nothing/run"), tmp_path / "loop" / "run"):
+        with pytest.raises((OSError, UserError)), runs.held(folder):
+            pass
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -456,14 +456,16 @@ def held(folder: Path) -> Iterator[None]:
 
     file, made = folder / LOCK, False
     lock = filelock.FileLock(file, fallback_to_soft=False)
-    while not lock.is_locked:
+    for left in reversed(range(10)):
         try:
             made |= not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             _check_lock(file)
             lock.acquire(timeout=0.2)
+            break
         except FileNotFoundError:  # who made the folder gave it up at this moment
-            continue
+            if not left:
+                raise
         except FileExistsError:
             raise UserError(f"{folder} exists and is no folder; choose another") from None
         except filelock.Timeout:
@@ -482,7 +484,10 @@ def held(folder: Path) -> Iterator[None]:
         if lock.is_locked:
             since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
             who = {**MADE_BY, "host": platform.node(), "process": os.getpid(), "since": since}
-            file.write_text(json.dumps(who), encoding="utf-8")
+            with contextlib.suppress(
+                OSError
+            ):  # for people to read; Windows lets nobody write it now
+                file.write_text(json.dumps(who), encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -495,10 +500,11 @@ def held(folder: Path) -> Iterator[None]:
 
 def _check_lock(file: Path) -> None:
     """Raise UserError if `file` is there and is no lock of Etude's; an empty one is, from a kill."""
-    if os.path.lexists(file) and file.lstat().st_size:
+    if os.path.lexists(file):
         try:
-            ours = not file.is_symlink() and foreign.read_json(file).items() >= MADE_BY.items()
-        except ValueError:
+            text = foreign.read_text(file) if stat.S_ISREG(file.lstat().st_mode) else "another kind"
+            ours = not text or text.startswith(json.dumps(MADE_BY)[:-1])
+        except UnicodeDecodeError:
             ours = False
         if not ours:
             raise UserError(
