@@ -133,6 +133,11 @@ class Sweep:
             "checkpoints": [path.name for path in self.made()],
             "leftovers": [str(path) for path in self.unfinished()],
             **{f"last {name}": digest for name, digest in digests(self.made()[-1]).items()},
+            f"last {checkpoints.PROGRESS}": {
+                key: value
+                for key, value in runs.read_json(self.made()[-1] / checkpoints.PROGRESS).items()
+                if key != "seconds"
+            },
         }
 
     def compare(self) -> None:
@@ -229,10 +234,12 @@ class Sweep:
             cases += [(way, name, changed) for way, changed in ways.items()]
         weights, last = bytearray((newest / ADAPTER).read_bytes()), f"last {ADAPTER}"
         weights[-6] ^= 0x10  # in the mantissa of a weight
-        state, place = "state.safetensors", "trainer_state.json"
+        state, progress = "state.safetensors", checkpoints.PROGRESS
+        earlier, later = (runs.read_json(folder / progress) for folder in (before, newest))
+        later["scheduler"] = earlier["scheduler"]
         controls = [
             ("moments and random states of the step before", state, (before / state).read_bytes()),
-            ("place in the data of the step before", place, (before / place).read_bytes()),
+            ("learning rate of the step before", progress, json.dumps(later).encode()),
             ("a bit flipped in a weight", ADAPTER, bytes(weights)),
         ]
         for case in [*self.draw.sample(cases, min(limit, len(cases))), *controls]:
