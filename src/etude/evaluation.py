@@ -66,7 +66,7 @@ def evaluate(
                 f"{table.source} gives the quality of its own completions, so no model is "
                 "measured; leave --base out"
             )
-        table = dataclasses.replace(table, rows=judged)
+        table = dataclasses.replace(table, rows=judged, drawn="")
     # Before the long part: a folder that cannot be made is an error now, and no other process takes it.
     with report_folder(name, out) as folder:
         if judged:
