@@ -108,6 +108,9 @@ class Watch:
             return True
         typed = self.typed and (path == self.typed or path.is_relative_to(self.typed))
         if write:
+            # A file is made beside its place, under a name of Etude's own.
+            beside = self.typed and path.parent == self.typed.parent
+            typed = typed or (beside and path.name.startswith(".unfinished-"))
             return bool(typed) and self.writable
         around = listing and self.typed is not None and path == self.typed.parent
         return bool(typed) or around or any(path.is_relative_to(own) for own in self.installed)
@@ -166,6 +169,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     }
     # What a library reads when it is imported is its own.
     import datasets  # noqa: F401
+    import filelock  # noqa: F401
     import huggingface_hub  # noqa: F401
 
     from etude import config, dialogue, evaluation, lora, models, runs, sources
