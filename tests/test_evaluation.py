@@ -3,18 +3,21 @@
 import json
 import math
 import re
+import shutil
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from typer.testing import CliRunner
 
+from etude import batching, data, evaluation, generation, lora, report, runs
 from etude import config as configuration
-from etude import data, evaluation, generation, report, runs
 from etude.cli import app
 from etude.conversation import Example
+from etude.errors import UserError
 
 LABELS = ["good", "good enough", "goodness", "bad"]  # one begins another, several tokens each
 
@@ -334,7 +337,8 @@ def test_rows_beyond_the_window_are_named(tiny_model, tmp_path, method):
     result = etude("evaluate", tiny_model, "--data", rows, "--out", tmp_path / "out",
                    f"evaluation.method={method}", "dataset.labels=[a, b]")  # fmt: skip
     assert result.exit_code == 2, result.output
-    assert "too long for the model's window" in result.output and "lines 2;" in result.output
+    assert "1 row too long for the model's window of 512 tokens" in result.output
+    assert "rows.jsonl:2: " in result.output and "rows.jsonl:1" not in result.output
 
 
 def test_the_perplexity_of_a_cut_response_leaves_its_missing_end_out(tiny, monkeypatch):
@@ -381,6 +385,234 @@ def test_rows_that_cannot_be_measured_are_named_before_anything_is_written(tiny_
     assert result.exit_code == 2
     assert "cannot be measured" in result.output and "line 2" in result.output
     assert not list((tmp_path / "out").glob("*"))
+
+
+def broken(tiny_model, folder, change):
+    """The tiny model with one of its tensors changed."""
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = change(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def poisoned(weight):
+    weight[3, 4] = math.nan
+    return weight
+
+
+@pytest.fixture(scope="module")
+def nan_model(tiny_model, tmp_path_factory):
+    return broken(tiny_model, tmp_path_factory.mktemp("nan") / "model", poisoned)
+
+
+NAN = "1 of 20 tensors (model.layers.1.mlp.up_proj.weight). Copy the model again"
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "row"),
+    [
+        ("tweets", [], "tweets.jsonl:1, "),
+        ("tweets", ["evaluation.method=generate", "evaluation.batch_size=2"], "tweets.jsonl:"),
+        ("pairs", [], "pairs.jsonl:1, "),
+        ("texts", [], "texts.jsonl:1, "),
+    ],
+)
+def test_a_model_with_nan_is_measured_by_nothing(nan_model, files, tmp_path, file, settings, row):
+    result = etude("evaluate", nan_model, "--data", files / f"{file}.jsonl", "--out",
+                   tmp_path / "out", "training.use_cpu=true", *settings)  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "is not a finite number, so nothing is reported" in result.output
+    assert row in result.output and NAN in result.output
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "{}", "--text", "Well?"),
+        ("evaluate", "{}", "--text", "Well?", "dataset.labels=[a, b]"),
+        ("chat", "{}", "--prompt", "Well?"),
+        ("chat", "{}", "--prompt", "Well?", "--temperature", "0"),
+    ],
+)
+def test_a_model_with_nan_answers_nothing(nan_model, command):
+    result = etude(*(part.format(nan_model) for part in command), "training.use_cpu=true")
+    assert result.exit_code == 2, result.output
+    assert "is not a finite number" in result.output and NAN in result.output
+    assert "Traceback" not in result.output
+
+
+def test_finite_weights_that_overflow_are_told_from_broken_ones(tiny_model, files, tmp_path):
+    huge = broken(tiny_model, tmp_path / "huge", lambda weight: weight * 1e38)
+    result = etude("evaluate", huge, "--data", files / "tweets.jsonl", "--out", tmp_path / "out",
+                   "model.dtype=float32", "training.use_cpu=true")  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "The model's weights are finite" in result.output
+    assert "tweets.jsonl:1" in result.output
+
+
+def test_only_the_row_whose_own_loss_is_not_finite_is_named(tiny, monkeypatch):
+    examples = [Example([5, 6 + n, 7], [False, True, True], f"x.jsonl:{n}") for n in range(4)]
+    true_losses = batching.token_losses
+
+    def losses(model, batch):
+        found = true_losses(model, batch)
+        # A pass shares its numbers: all of it is lost.
+        return found * math.nan if (batch.input_ids == 8).any() else found
+
+    monkeypatch.setattr(batching, "token_losses", losses)
+    with pytest.raises(UserError, match=r"The loss is .*: x.jsonl:2\. The model's weights are"):
+        evaluation.sequence_losses(tiny.base.model, examples, tiny.config, "test")
+    monkeypatch.undo()
+    assert len(evaluation.sequence_losses(tiny.base.model, examples, tiny.config, "test")) == 4
+
+
+def test_a_perplexity_beyond_all_numbers_gives_its_loss():
+    assert evaluation.mean_and_perplexity(8000.0, 10) == {"perplexity": None, "loss": 800.0}
+    assert report.perplexity({"perplexity": None, "loss": 800.0}) == "over 1e308 (loss 800.0)"
+    assert report.perplexity(evaluation.mean_and_perplexity(3 * math.log(2), 3)) == "2.00"
+
+
+def test_no_report_holds_a_number_that_is_none(tmp_path):
+    figures = {"kind": "responses", "perplexity": math.nan, "loss": 1.0}
+    result = {"models": {"model": figures}, "target": "x", "method": "greedy", "base": "b",
+              "data": {"rows": 1, "source": "s", "format": "text"}}  # fmt: skip
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write_evaluation(result, {}, [], tmp_path / "out")
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, sample_tokenizer):
+    """A tiny model with learned positions, which fails beyond its window of 64 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(sample_tokenizer), n_positions=64, n_embd=16, n_layer=1,
+                        n_head=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    sample_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+@pytest.mark.parametrize(
+    ("rows", "long"),
+    [
+        ([{"prompt": "Why?", "completion": "So " * n} for n in (1, 99, 2, 88)], (2, 4)),
+        ([{"text": "so " * n, "label": "ab"[n % 2]} for n in (1, 4, 2, 77)], (4,)),
+        ([{"text": "so " * n} for n in (70, 1, 2, 3)], (1,)),
+    ],
+    ids=["answers", "labels", "text"],
+)
+def test_rows_beyond_the_window_of_learned_positions(gpt2, tmp_path, command, rows, long):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        command, "--preset", "cpu", f"model.name={gpt2}", f"dataset.train={file}",
+        "dataset.validation_split=0", "dataset.validation=null", "dataset.test=null",
+        "dataset.instruction=Of {labels} take {text}", "lora.target_modules=[c_attn]",
+        f"output.dir={tmp_path}/run", "dataset.max_length=200", "training.max_steps=1",
+        "training.warmup_steps=0",
+    ]  # fmt: skip
+    result = etude(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "too long for the model's window of 64 tokens" in result.output
+    named = re.findall(r"rows.jsonl:(\d+): [0-9]+ tokens", result.output)
+    assert tuple(map(int, named)) == long
+    assert "dataset.max_length: 64" in result.output
+    if command == "validate":  # within the window a larger max_length is no fault
+        short = [row for n, row in enumerate(rows, 1) if n not in long]
+        file.write_text("".join(json.dumps(row) + "\n" for row in short))
+        assert etude(*arguments).exit_code == 0
+        assert etude(*arguments, "dataset.max_length=64").exit_code == 0
+
+
+@pytest.mark.parametrize("file", ["pairs", "texts", "tweets"])
+def test_an_evaluation_beyond_the_window_names_its_rows(gpt2, tmp_path, file):
+    rows = {
+        "pairs": [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 99}],
+        "texts": [{"text": "a"}, {"text": "a " * 99}],
+        "tweets": [{"text": "a", "label": "a"}, {"text": "a " * 99, "label": "b"}],
+    }[file]
+    path = tmp_path / f"{file}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = etude("evaluate", gpt2, "--data", path, "--out", tmp_path / "out",
+                   "training.use_cpu=true", "dataset.instruction=Of {labels} take {text}")  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert f"{file}.jsonl:2: " in result.output and f"{file}.jsonl:1" not in result.output
+    assert "too long for the model's window of 64 tokens" in result.output
+
+
+def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
+    rows = [{"text": f"t{n}", "label": f"class number {n // 2}"} for n in range(260)]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = r"The 130 labels take [0-9,]+ tokens of every prompt: name fewer"
+    result = etude("evaluate", tiny_model, "--data", file, "--out", tmp_path / "out",
+                   "training.use_cpu=true")  # fmt: skip
+    assert result.exit_code == 2 and re.search(said, result.output), result.output
+    for length in (64, 8192):  # none left within max_length; beyond the window
+        result = etude("validate", "--preset", "cpu", f"model.name={gpt2}", f"dataset.train={file}",
+                       "dataset.test=null", f"dataset.max_length={length}")  # fmt: skip
+        assert result.exit_code == 2 and re.search(said, result.output), result.output
+    few = data.room_of_labels(
+        runs.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
+        configuration.Config().dataset, 512,
+    )  # fmt: skip
+    assert few == ""
+
+
+@pytest.mark.parametrize(("dtype", "merged"), [("float32", True), ("bfloat16", False)])
+def test_what_answers_is_what_was_proven(classifier, dtype, merged):
+    settings = [f"model.dtype={dtype}", "training.use_cpu=true"]
+    target = runs.open_target(str(classifier), settings)
+    model = target.tuned()
+    assert merged != any("lora" in name for name, _ in model.named_parameters())
+    other = runs.open_target(str(classifier), settings)
+    proven = lora.load(other.base.model, other.adapter)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        difference = (model(ids).logits - proven(ids).logits).abs().max()
+    assert difference < 1e-4 if merged else difference == 0
+
+
+def test_a_report_keeps_the_settings_in_force_and_what_differs_from_the_run(classifier, tmp_path):
+    def report_of(*settings, run=classifier):
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        result = etude("evaluate", run, "--out", out, "evaluation.max_rows=4", *settings)
+        assert result.exit_code == 0, result.output
+        return json.loads((out / "report.json").read_text()), result.output, out
+
+    found, output, out = report_of("dataset.instruction=Of {labels} take {text}", "training.seed=7")
+    assert found["settings"]["dataset.instruction"] == "Of {labels} take {text}"
+    assert found["settings"]["dataset.labels"] == ["no", "yes"]
+    assert found["settings"]["evaluation.method"] == "likelihood"
+    assert found["overridden"] == {
+        "dataset.instruction": {
+            "before": "Classify the text as one of: {labels}.\n\nText: {text}",
+            "now": "Of {labels} take {text}",
+        },
+        "training.seed": {"before": 42, "now": 7},
+        "evaluation.max_rows": {"before": None, "now": 4},
+    }
+    assert "measured with other settings than the run's or the defaults: " in output
+    assert "dataset.instruction" in (out / "report.md").read_text()
+    assert found["models"]["tuned"]["dtype"] == "float32"
+    # What was changed in the run's config.yml since the training differs from the run as well.
+    changed = shutil.copytree(classifier, tmp_path / "changed")
+    text = (changed / "config.yml").read_text()
+    assert "good_threshold: 0.7" in text
+    (changed / "config.yml").write_text(text.replace("good_threshold: 0.7", "good_threshold: 0.6"))
+    found, _, _ = report_of(run=changed)
+    assert found["overridden"].keys() == {"evaluation.good_threshold", "evaluation.max_rows"}
+    # The control: nothing but the number of rows is other than in the run.
+    found, _, _ = report_of()
+    assert found["overridden"].keys() == {"evaluation.max_rows"}
 
 
 def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):

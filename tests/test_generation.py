@@ -1,12 +1,14 @@
 """The generation loop: greedy parity, batches, stopping, streaming, interrupts."""
 
+import math
+
 import pytest
 import torch
 
 from etude import runs
 from etude.config import Generation
 from etude.errors import UserError
-from etude.generation import _Streamer, generate
+from etude.generation import _Finite, _Streamer, generate
 
 GREEDY = Generation(temperature=0.0, max_new_tokens=12)
 
@@ -116,6 +118,25 @@ def test_ctrl_c_keeps_what_was_written_when_streaming_and_leaves_otherwise(tiny)
 
     with pytest.raises(KeyboardInterrupt):
         generate(Broken(), tiny.renderer, [prompt], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("scores", "wrong"),
+    [
+        ([[1.0, -math.inf], [0.0, 2.0]], []),  # a token that is ruled out is right
+        ([[1.0, math.nan], [0.0, 2.0]], ["x:1"]),
+        ([[1.0, 2.0], [0.0, math.inf]], ["x:2"]),
+        ([[-math.inf, -math.inf], [math.nan, math.nan]], ["x:1", "x:2"]),
+    ],
+)
+def test_scores_that_are_no_numbers_end_a_generation(tiny, scores, wrong):
+    watch = _Finite(tiny.base.model, ["x:1", "x:2"])
+    given = torch.tensor(scores)
+    if wrong:
+        with pytest.raises(UserError, match=f"so nothing is reported: {', '.join(wrong)}\\. The"):
+            watch(None, given)
+    else:
+        assert watch(None, given) is given
 
 
 def test_an_answer_ends_with_the_window(tiny, monkeypatch):

@@ -190,7 +190,10 @@ def test_mcnemar_without_discordant_rows():
 def test_perplexity():
     assert perplexity(6.0, 3) == pytest.approx(math.e**2)
     assert perplexity(0.0, 5) == 1
-    assert perplexity(1e6, 1) == math.inf
+    assert perplexity(1e6, 1) is None  # beyond all numbers
+    for loss in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="gives no perplexity"):
+            perplexity(loss, 1)
     with pytest.raises(ValueError, match="no tokens"):
         perplexity(1.0, 0)
 

@@ -18,6 +18,7 @@ from etude import (
     device,
     lora,
     models,
+    proof,
     rehearsal,
     report,
     runs,
@@ -184,8 +185,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny_model, files):
             model.get_input_embeddings().weight[:] = math.nan
 
     settings = settings_for(tiny_model, files)
-    with pytest.raises(UserError, match=r"step 1: the loss is not a finite number"):
+    with pytest.raises(UserError, match=r"step 1: the loss is not a finite number") as raised:
         fitted(settings, files / "run", prepare=poison)
+    # Where the weights are at fault, the learning rate is not blamed.
+    assert "The weights of the model are not all finite numbers: " in str(raised.value)
+    assert "Copy the model again" in str(raised.value)
     for name, value in adapter(kept["model"]).items():
         assert torch.equal(value, kept["weights"][name])
 
@@ -244,6 +248,46 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
         assert checkpoints.step_of(last) == step - 1
         weights = lora.read_weights(last)
         assert lora.digest(weights) == lora.digest(lora.state(kept["model"]))
+
+
+@pytest.mark.parametrize("where", ["validation", "proof"])
+def test_a_validation_or_proof_that_is_not_finite_names_its_rows(
+    tiny_model, files, monkeypatch, where
+):
+    settings = settings_for(tiny_model, files, "training.max_steps=1", "training.warmup_steps=0")
+    base = models.load(str(tiny_model), device.choose("float32", True))
+    renderer = runs.renderer_for(base, settings)
+    table = data.read(settings.dataset.validation, settings.dataset)
+    examples, _ = data.encode(table, renderer, settings.dataset, "validation")
+    original = batching.token_losses
+
+    def poisoned(model, batch):
+        losses = original(model, batch)
+        guilty = " ".join(map(str, examples[2].ids)) in " ".join(
+            map(str, batch.input_ids.flatten().tolist())
+        )
+        return losses * math.nan if guilty and not torch.is_grad_enabled() else losses
+
+    monkeypatch.setattr("etude.batching.why_not_packed", lambda *_: "so that ids stand together")
+    assert math.isfinite(proof.mean_loss(base.model, settings, examples))
+    monkeypatch.setattr("etude.batching.token_losses", poisoned)
+    with pytest.raises(UserError) as raised:
+        if where == "proof":
+            proof.mean_loss(base.model, settings, examples)
+        else:
+            fitted(settings, files / "run")
+    assert f"{files}/val.jsonl:3" in str(raised.value)
+    assert f"{files}/val.jsonl:2" not in str(raised.value)
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+    recorder = trainer.Recorder(tmp_path, None)
+    recorder.trainer = types.SimpleNamespace(seconds=2.0)
+    state = types.SimpleNamespace(is_world_process_zero=True, global_step=3)
+    for norm in (0.5, math.inf, math.nan):
+        recorder.on_log(None, state, None, {"loss": 1.0, "grad_norm": norm})
+    lines = (tmp_path / runs.METRICS).read_text().splitlines()
+    assert [json.loads(line)["grad_norm"] for line in lines] == [0.5, None, None]
 
 
 def test_zero_gradients_and_a_jump_of_the_loss_are_told(tiny_model, files, caplog, monkeypatch):

@@ -313,6 +313,8 @@ def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> 
         return f"it does not take a mask of its own: {first_line(error)}"
     finally:
         model.train(was_training)
+    if not bool(plain.isfinite().all()):
+        return "its losses are not finite numbers"
     deviation = float((packed - plain).abs().mean())
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if not deviation <= (1e-3 if exact else 0.1):
@@ -331,6 +333,17 @@ def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Ten
     for batch in passes:
         losses.index_add_(0, batch.owner.cpu(), token_losses(model, batch).cpu())
     return losses
+
+
+def culprits(model: Any, cutter: Cutter, examples: Sequence[Example]) -> list[str]:
+    """Where the examples stand whose own loss is not finite; a pass shares its numbers."""
+    import torch
+
+    single = replace(cutter, rows=1, why_padded="one by one")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        sums = sum_by_example(model, single(examples), len(examples))
+    finite = sums.isfinite().tolist()
+    return [one.origin for one, sound in zip(examples, finite, strict=True) if not sound]
 
 
 # --- which passes a training will have -------------------------------------------------------

@@ -138,7 +138,7 @@ class Talk:
             self.model = lora.load(target.base.model, target.adapter)
         else:
             self.model = target.tuned()
-        self.window: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.window: int | None = models.window(self.model.config)
 
     def ask(self, text: str) -> Response:
         """Ask and show the answer."""

@@ -58,7 +58,9 @@ def validate(
     terminal.quiet_transformers()
     outline = models.outline(settings.model.name, settings.model.revision)
     renderer = runs.renderer_for(outline, settings)
-    examples, reports = train_with_config.encode(tables, renderer, settings)
+    examples, reports = train_with_config.encode(
+        tables, renderer, settings, models.window(outline.config)
+    )
     train_with_config.show_data(examples, reports, outline.tokenizer)
     planned, fits = train_with_config.make_plan(settings, outline, place, examples)
     fitting = "and the training fits" if fits else "but by the plan the training does not fit"
@@ -83,7 +85,13 @@ def verify(
     target = runs.open_target(run, [])
     examples = None
     if table and table.fingerprint == expected["loss"]["data"]:
-        examples, _ = data.encode(table, target.renderer, settings.dataset, split)
+        examples, _ = data.encode(
+            table,
+            target.renderer,
+            settings.dataset,
+            split,
+            models.window(target.base.model.config),
+        )
         examples = examples[: expected["loss"]["rows"]]
     terminal.say("proof", proof.examine(run, target, expected, examples))
 

@@ -316,8 +316,34 @@ def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> l
     return [*instruct(row.text, labels, settings), {"role": "assistant", "content": row.label}]
 
 
+def beyond_window(rows: Sequence[tuple[str, int]], window: int, advice: str) -> UserError:
+    """What to say of `rows`, by ``file:line`` and tokens, that are too long for a model's window."""
+    named = [f"{origin}: {tokens:,} tokens" for origin, tokens in rows[:LINES_SHOWN]]
+    more = len(rows) - LINES_SHOWN
+    return UserError(
+        f"{len(rows):,} row{'s' * (len(rows) > 1)} too long for the model's window of {window:,} "
+        "tokens, beyond which it fails or writes noise:\n  "
+        + "\n  ".join(named + [f"... and {more:,} more"] * (more > 0))
+        + f"\n{advice}"
+    )
+
+
+def room_of_labels(renderer: Renderer, labels: Sequence[str], settings: Dataset, most: int) -> str:
+    """A sentence about labels that fill a good part of `most` tokens in every prompt; else empty."""
+    with contextlib.suppress(RenderError):
+        with_all, with_one = (
+            len(renderer.prompt(instruct("?", some, settings))) for some in (labels, labels[:1])
+        )
+        if with_all - with_one > most / 4:
+            return (
+                f" The {len(labels):,} labels take {with_all - with_one:,} tokens of every prompt: "
+                "name fewer or shorter ones."
+            )
+    return ""
+
+
 def encode(
-    table: Table, renderer: Renderer, settings: Dataset, split: str
+    table: Table, renderer: Renderer, settings: Dataset, split: str, window: int | None = None
 ) -> tuple[list[Example], Report]:
     """Render every row and bring it under `max_length`.
 
@@ -326,7 +352,8 @@ def encode(
     nothing are dropped and counted.
 
     Raises:
-        UserError: no row is left, or two labels that the model would see as one.
+        UserError: no row is left, rows beyond the model's `window`, or two labels that the model would
+            see as one.
     """
     dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
     rows = len(table.rows) + sum(map(len, dropped.values()))
@@ -385,7 +412,16 @@ def encode(
         raise UserError(
             f"{table.source}: none of {report.rows} rows is left for {split}:\n  "
             + "\n  ".join(report.notices())
+            + room_of_labels(renderer, table.labels or [], settings, settings.max_length)
         )
+    beyond = [(one.origin, len(one)) for one in examples if window and len(one) > window]
+    if beyond and window:
+        advice = (
+            f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer rows), "
+            "or take a model with a longer window."
+        )
+        advice += room_of_labels(renderer, table.labels or [], settings, window)
+        raise beyond_window(beyond, window, advice)
     return examples, report
 
 

@@ -14,10 +14,13 @@ from typing import Annotated, Any, cast
 import typer
 
 from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
+from etude import config as configuration
 from etude.config import Config, normal_label
 from etude.conversation import Example, Message, Renderer, RenderError
 from etude.errors import UserError, command
 from etude.foreign import expanded
+from etude.models import not_finite
+from etude.models import window as window_of
 
 ANSWER_TOKENS = 16  # room after a prompt: a label and its end
 
@@ -77,6 +80,8 @@ def evaluate(
                 for title, model, target in models(name, overrides, base)
             }
         result = assemble(name, settings, table, measured)
+        for notice in report.overridden(result):
+            terminal.err.print(f"notice    {terminal.printable(notice)}")
         report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         terminal.out.print(block)
@@ -157,9 +162,9 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
 def measure(model: Any, target: runs.Target, table: data.Table, name: str) -> dict[str, Any]:
     """Every figure of one model on one data set, and what it said to every row."""
     settings, renderer = target.config, target.renderer
-    if table.format == "classification":
-        return measure_labels(model, renderer, table, settings, name)
-    return measure_responses(model, renderer, table, settings, name)
+    function = measure_labels if table.format == "classification" else measure_responses
+    facts = {"device": target.base.device.name, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**facts, **function(model, renderer, table, settings, name)}
 
 
 # --- classification --------------------------------------------------------------------------
@@ -173,37 +178,57 @@ def measure_labels(
     for notice in data.contradicting("test", len(table.rows), data.repeats(table.rows)[1]):
         terminal.err.print(f"notice    {terminal.printable(notice)}")
     prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
-    refuse_beyond_window(model, renderer, prompts, table)
+    room = answer_room(renderer, prompts[0], labels)
+    refuse_beyond_window(model, renderer, prompts, table, room, settings)
+    origins = [f"{table.source}:{row.line}" for row in table.rows]
     if settings.evaluation.method == "likelihood":
-        scores = label_log_likelihoods(model, renderer, prompts, labels, settings, name)
+        scores = label_log_likelihoods(model, renderer, prompts, labels, settings, name, origins)
         predicted: list[str | None] = [labels[row.index(max(row))] for row in scores]
         said: list[Any] = [dict(zip(labels, softmax(row), strict=True)) for row in scores]
     else:
-        responses = respond(model, renderer, prompts, settings, name)
+        responses = respond(model, renderer, prompts, settings, name, origins)
         predicted = [parse_label(response.text, labels) for response in responses]
         said = [response.text for response in responses]
     truth = [cast(str, row.label) for row in table.rows]
     return {**classify(truth, predicted, labels, settings), "said": said}
 
 
+def answer_room(renderer: Renderer, prompt: list[Message], labels: Sequence[str]) -> int:
+    """Tokens that the longest label takes after a prompt, its end included; ANSWER_TOKENS at least."""
+    with contextlib.suppress(RenderError):  # scoring the labels says why
+        start = len(renderer.prompt(prompt))
+        sizes = [
+            len(renderer.render([*prompt, {"role": "assistant", "content": label}])) - start
+            for label in labels
+        ]
+        return max(ANSWER_TOKENS, *sizes)
+    return ANSWER_TOKENS
+
+
 def refuse_beyond_window(
-    model: Any, renderer: Renderer, prompts: Sequence[list[Message]], table: data.Table
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[Message]],
+    table: data.Table,
+    room: int,
+    settings: Config,
 ) -> None:
-    """Raise UserError for prompts that leave the model no position for an answer, with their lines.
+    """Raise UserError for prompts that leave the model no `room` for an answer, with their lines.
 
     Beyond its window a model fails or, with rotary positions, writes noise without a word.
     """
-    window = getattr(model.config, "max_position_embeddings", None)
+    window = window_of(model.config)
+    if window is None:
+        return
     beyond = [
-        str(row.line)
+        (f"{table.source}:{row.line}", size)
         for row, prompt in zip(table.rows, prompts, strict=True)
-        if window and len(renderer.prompt(prompt)) + ANSWER_TOKENS > window
+        if (size := len(renderer.prompt(prompt)) + room) > window
     ]
     if beyond:
-        raise UserError(
-            f"{table.source}: too long for the model's window of {window:,} tokens: lines "
-            f"{', '.join(beyond[:10])}{' ...' * (len(beyond) > 10)}; shorten them or leave them out"
-        )
+        advice = f"Shorten them or leave them out; {room} tokens of each are room for the answer."
+        advice += data.room_of_labels(renderer, table.labels or [], settings.dataset, window)
+        raise data.beyond_window(beyond, window, advice)
 
 
 def classify(
@@ -236,6 +261,7 @@ def label_log_likelihoods(
     labels: Sequence[str],
     settings: Config,
     name: str,
+    origins: Sequence[str] = (),
 ) -> list[list[float]]:
     """Exact log P(label, end of turn | prompt) in nats for every prompt and label: [prompts][labels].
 
@@ -254,10 +280,14 @@ def label_log_likelihoods(
         ]
     except RenderError as error:
         raise UserError(f"The chat template refuses a classification: {error}") from None
+    size = len(labels)
     # Of a prompt with earlier answers in it, only the label counts.
     answers = [last_answer(candidate) for candidate in candidates]
+    if origins:
+        answers = [
+            dataclasses.replace(one, origin=origins[at // size]) for at, one in enumerate(answers)
+        ]
     losses = sequence_losses(model, answers, settings, name)
-    size = len(labels)
     return [[-loss for loss in losses[at : at + size]] for at in range(0, len(losses), size)]
 
 
@@ -352,7 +382,8 @@ def measure_responses(
     """Perplexity of the references; for conversations also greedy responses, judged and compared."""
     # What was dropped in reading was reported then.
     whole = dataclasses.replace(table, dropped={})
-    examples, fate = data.encode(whole, renderer, settings.dataset, "test")
+    window = window_of(model.config)
+    examples, fate = data.encode(whole, renderer, settings.dataset, "test", window)
     if fate.dropped:
         raise UserError(
             f"{table.source}: rows that cannot be measured; mend them, leave them out or raise "
@@ -372,8 +403,7 @@ def measure_responses(
     result: dict[str, Any] = {
         "kind": "responses",
         "rows": len(table.rows),
-        "perplexity": metrics.perplexity(sum(losses), sum(tokens)),
-        "loss": sum(losses) / sum(tokens),
+        **mean_and_perplexity(sum(losses), sum(tokens)),
         "tokens": sum(tokens),
         "tokens_lost": fate.lost,
         "losses": [loss / count for loss, count in zip(losses, tokens, strict=True)],
@@ -381,8 +411,9 @@ def measure_responses(
     if table.format == "text":
         return result
     prompts = [row.messages[:-1] for row in table.rows]
-    refuse_beyond_window(model, renderer, prompts, table)
-    responses = respond(model, renderer, prompts, settings, name)
+    refuse_beyond_window(model, renderer, prompts, table, ANSWER_TOKENS, settings)
+    origins = [f"{table.source}:{row.line}" for row in table.rows]
+    responses = respond(model, renderer, prompts, settings, name, origins)
     references = [row.messages[-1]["content"] for row in table.rows]
     judgements = [
         judge(row.messages[-2]["content"] if len(row.messages) > 1 else "", response, settings)
@@ -405,6 +436,11 @@ def measure_responses(
         "predicted": [judgement["label"] for judgement in judgements],
         "said": [response.text for response in responses],
     }
+
+
+def mean_and_perplexity(loss: float, tokens: int) -> dict[str, float | None]:
+    """The mean loss in nats a token, and its exponential; None where that is beyond all numbers."""
+    return {"perplexity": metrics.perplexity(loss, tokens), "loss": loss / tokens}
 
 
 def measure_judgement(table: data.Table, settings: Config) -> dict[str, Any]:
@@ -436,17 +472,35 @@ def judge(prompt: str, response: generation.Response, settings: Config) -> quali
 
 
 def respond(
-    model: Any, renderer: Renderer, prompts: Sequence[list[Message]], settings: Config, name: str
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[Message]],
+    settings: Config,
+    name: str,
+    origins: Sequence[str],
 ) -> list[generation.Response]:
     """Greedy responses to all prompts, in batches of like length, in the prompts' order."""
     greedy = settings.generation.model_copy(update={"temperature": 0.0})
     ids = [renderer.prompt(prompt) for prompt in prompts]
+    room = (window_of(model.config) or math.inf) - max(map(len, ids))
+    if room < greedy.max_new_tokens:
+        terminal.err.print(
+            f"notice    {name}: the model's window leaves the longest prompt {room} tokens for an "
+            f"answer, fewer than generation.max_new_tokens {greedy.max_new_tokens}"
+        )
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     responses: dict[int, generation.Response] = {}
     with terminal.bar(f"{name}: responses", len(order)) as advance:
         for start in range(0, len(order), settings.evaluation.batch_size):
             chosen = order[start : start + settings.evaluation.batch_size]
-            answers = generation.generate(model, renderer, [ids[index] for index in chosen], greedy)
+            answers = generation.generate(
+                model,
+                renderer,
+                [ids[index] for index in chosen],
+                greedy,
+                None,
+                [origins[index] for index in chosen],
+            )
             responses.update(zip(chosen, answers, strict=True))
             advance(len(chosen))
     return [responses[index] for index in range(len(ids))]
@@ -455,9 +509,19 @@ def respond(
 def sequence_losses(
     model: Any, examples: Sequence[Example], settings: Config, name: str
 ) -> list[float]:
-    """Summed negative log-likelihood in nats of each example's supervised tokens."""
+    """Summed negative log-likelihood in nats of each example's supervised tokens.
+
+    Raises:
+        UserError: an example beyond the model's window, or a sum that is not finite; with their rows.
+    """
     import torch
 
+    window = window_of(model.config)
+    beyond = [
+        (one.origin or "the text", len(one)) for one in examples if window and len(one) > window
+    ]
+    if beyond and window:
+        raise data.beyond_window(list(dict(beyond).items()), window, "Shorten them.")
     longest = max(map(len, examples))
     cutter = batching.Cutter.of(model, settings.evaluation.batch_size, longest, examples)
 
@@ -468,9 +532,13 @@ def sequence_losses(
 
     model.eval()
     with torch.inference_mode(), terminal.bar(f"{name}: likelihoods", len(examples)) as advance:
-        return cast(
-            list[float], batching.sum_by_example(model, told(advance), len(examples)).tolist()
-        )
+        sums = batching.sum_by_example(model, told(advance), len(examples))
+        wrong = [examples[at] for at in (~sums.isfinite()).nonzero()[:, 0].tolist()]
+        if wrong:
+            # A pass shares its numbers; of many such rows the first will do to find the guilty ones.
+            rows = batching.culprits(model, cutter, wrong[:64]) or [one.origin for one in wrong]
+            raise not_finite(model, "The loss", [row or "the text" for row in rows])
+    return cast(list[float], sums.tolist())
 
 
 # --- one text --------------------------------------------------------------------------------
@@ -483,12 +551,14 @@ def single(model: Any, target: runs.Target, text: str) -> None:
     prompt: list[Message] = [{"role": "user", "content": text}]
     if labels:
         prompt = data.instruct(text, labels, settings.dataset)
-        (scores,) = label_log_likelihoods(model, renderer, [prompt], labels, settings, "labels")
+        (scores,) = label_log_likelihoods(
+            model, renderer, [prompt], labels, settings, "labels", ["--text"]
+        )
         ranked = sorted(zip(softmax(scores), labels, strict=True), reverse=True)
         for share, label in ranked:
             terminal.out.print(f"{label:<16} {share:6.1%}")
     (response,) = generation.generate(
-        model, renderer, [renderer.prompt(prompt)], settings.generation
+        model, renderer, [renderer.prompt(prompt)], settings.generation, None, ["--text"]
     )
     terminal.say("response", response.text)
     if labels:
@@ -503,12 +573,51 @@ def single(model: Any, target: runs.Target, text: str) -> None:
         if not response.finished:  # the end token is the template's, not the model's
             last = len(answer) - 1 - answer.supervised[::-1].index(True)
             answer.supervised[last] = False
+        # What the template writes after an answer can reach beyond the window that the answer filled.
+        end = window_of(model.config) or len(answer)
+        answer = Example(answer.ids[:end], answer.supervised[:end], "--text")
         (loss,) = sequence_losses(model, [answer], settings, "perplexity")
-        value = metrics.perplexity(loss, sum(answer.supervised))
-        terminal.say("perplexity", f"{value:.2f} of the response under the model itself")
+        figures = mean_and_perplexity(loss, sum(answer.supervised))
+        value = report.perplexity(figures)
+        terminal.say("perplexity", f"{value} of the response under the model itself")
 
 
 # --- the report ------------------------------------------------------------------------------
+
+
+# What decides the figures of an evaluation, beside the weights and the rows.
+DECIDING = (
+    *(f"model.{key}" for key in ("name", "revision", "dtype", "quantization", "chat_template")),
+    *(f"dataset.{key}" for key in ("instruction", "system_prompt", "labels", "format", "columns")),
+    *(f"dataset.{key}" for key in ("max_length", "overlength")),
+    "training.seed",
+    "evaluation.",
+    "generation.",
+)
+
+
+def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
+    """The settings that decide the figures, and which of them are not those of the run (or a default).
+
+    A run's are those that its manifest says it was trained with; its config.yml may have changed since.
+    """
+    folder = expanded(name)
+    before = configuration.Config().model_copy(update={"model": settings.model})
+    with contextlib.suppress(UserError):  # a run of another version, or faults that overrides mend
+        if (folder / runs.MANIFEST).is_file():
+            before = configuration.check(runs.read_manifest(folder, "config")["config"], {})
+        else:
+            before = runs.open_config(name, [])
+    keys = [key for key in configuration.key_paths() if key.startswith(DECIDING)]
+    values = {key: configuration.value(settings, key) for key in keys}
+    return {
+        "settings": values,
+        "overridden": {
+            key: {"before": configuration.value(before, key), "now": value}
+            for key, value in values.items()
+            if value != configuration.value(before, key)
+        },
+    }
 
 
 def assemble(
@@ -533,6 +642,7 @@ def assemble(
             model: {key: value for key, value in figures.items() if key not in private}
             for model, figures in measured.items()
         },
+        **settings_in_force(name, settings),
         "environment": runs.environment(),
     }
     if len(measured) == 2:

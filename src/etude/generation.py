@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from etude import models
 from etude.config import Generation
 from etude.conversation import Renderer
 from etude.errors import UserError
@@ -32,6 +33,7 @@ def generate(
     prompts: Sequence[list[int]],
     settings: Generation,
     on_text: Callable[[str], None] | None = None,
+    origins: Sequence[str] = (),
 ) -> list[Response]:
     """Answer every prompt in one batch; with `on_text` (one prompt only) pieces come as they are made.
 
@@ -40,7 +42,8 @@ def generate(
     likeliest token. Ctrl-C while streaming returns what there is, with `interrupted` set.
 
     Raises:
-        UserError: a prompt that fills the model's window.
+        UserError: a prompt that fills the model's window, or scores that are not finite numbers;
+            `origins` name the prompts.
     """
     import torch
     from transformers import GenerationConfig
@@ -49,7 +52,7 @@ def generate(
         torch.manual_seed(settings.seed)
     longest = max(map(len, prompts))
     # Beyond its window a model fails or, with rotary positions, writes noise.
-    window = getattr(model.config, "max_position_embeddings", None)
+    window = models.window(model.config)
     room = window - longest if window else settings.max_new_tokens
     if room < 1:
         raise UserError(
@@ -82,6 +85,7 @@ def generate(
                     **sampling,
                 ),
                 streamer=streamer,
+                logits_processor=[_Finite(model, origins)],
             )
         written: list[list[int]] = output[:, longest:].tolist()
     except KeyboardInterrupt:
@@ -96,6 +100,26 @@ def _response(renderer: Renderer, ids: list[int], interrupted: bool) -> Response
     used = ids if end is None else ids[: end + 1]
     text = renderer.tokenizer.decode(used, skip_special_tokens=True).strip()
     return Response(text, len(used), end is not None, interrupted)
+
+
+class _Finite:
+    """Looks at the scores of every token, a logits processor of transformers.
+
+    Of scores that are no numbers the greedy choice is token 0, without a word. -inf alone is right:
+    a token that is ruled out.
+    """
+
+    def __init__(self, model: Any, origins: Sequence[str]) -> None:
+        self._model, self._origins = model, origins
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        """Return `scores` as they are, or raise UserError for rows without a finite maximum."""
+        sound = scores.amax(-1).isfinite()  # which is NaN where one of them is
+        if not sound.all():
+            origins = self._origins or ["the prompt"] * len(sound)
+            rows = [origin for origin, yes in zip(origins, sound.tolist(), strict=True) if not yes]
+            raise models.not_finite(self._model, "The score of a generated token", rows)
+        return scores
 
 
 class _Streamer:

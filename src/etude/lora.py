@@ -322,6 +322,15 @@ def digest(tensors: State) -> str:
     return sums.hexdigest()
 
 
+def mergeable(tuned: Any) -> bool:
+    """Whether `merge` leaves the answers what they are: the base is in float32."""
+    import torch
+
+    return tuned.dtype == torch.float32 and not getattr(
+        tuned.get_base_model(), "is_quantized", False
+    )
+
+
 def merge(tuned: Any) -> Any:
     """Fold the adapter into the weights, W + (alpha/r) B A: same answers, no extra products."""
     return tuned.merge_and_unload()

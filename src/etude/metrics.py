@@ -228,18 +228,22 @@ def paired_losses(first: Sequence[float], second: Sequence[float]) -> PairedLoss
     )
 
 
-def perplexity(total_nll: float, tokens: int) -> float:
-    """exp(total_nll / tokens): `total_nll` in nats, summed over supervised tokens; inf on overflow.
+def perplexity(total_nll: float, tokens: int) -> float | None:
+    """exp(total_nll / tokens): `total_nll` in nats, summed over supervised tokens.
+
+    None where that is beyond all floating-point numbers (a loss over 709 nats a token).
 
     Raises:
-        ValueError: `tokens` is not positive.
+        ValueError: `tokens` is not positive, or `total_nll` not finite.
     """
     if tokens <= 0:
         raise ValueError(f"no tokens: perplexity needs at least one supervised token, got {tokens}")
+    if not math.isfinite(total_nll):
+        raise ValueError(f"a loss of {total_nll} nats gives no perplexity")
     try:
         return math.exp(total_nll / tokens)
     except OverflowError:
-        return math.inf
+        return None
 
 
 def text_metrics(references: Sequence[str], responses: Sequence[str]) -> TextMetrics:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -301,6 +302,40 @@ def _sample_file() -> Path:
             "(`make train` and `make test` do it)"
         )
     return files[0]
+
+
+def window(config: Any) -> int | None:
+    """How many positions a model has by its transformers configuration; None where it does not say."""
+    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def broken_weights(model: Any) -> str:
+    """A sentence about weights of `model` that are not finite numbers, with what to do; else empty."""
+    floats = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    broken = [name for name, weight in floats.items() if not weight.isfinite().all()]
+    if not broken:
+        return ""
+    return (
+        f"The weights of the model are not all finite numbers: {len(broken):,} of {len(floats):,} "
+        f"tensors ({', '.join(broken[:3])}{', ...' * (len(broken) > 3)}). Copy the model again; where "
+        "its files are sound, they overflow in 16 bits: model.dtype=float32"
+    )
+
+
+def not_finite(model: Any, what: str, rows: Iterable[str]) -> UserError:
+    """What to say where `what` of a model is not a finite number in `rows`, given by ``file:line``."""
+    named = list(dict.fromkeys(rows))
+    advice = (
+        "look at what they hold, or take another model"
+        if "float32" in str(model.dtype)
+        else f"with {str(model.dtype).removeprefix('torch.')} numbers overflow early: model.dtype=float32"
+    )
+    return UserError(
+        f"{what} is not a finite number, so nothing is reported: {', '.join(named[:10])}"
+        f"{f' and {len(named) - 10:,} more' if len(named) > 10 else ''}. "
+        + (broken_weights(model) or f"The model's weights are finite; {advice}")
+    )
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from etude import batching, lora, report, runs
+from etude import batching, lora, models, report, runs
 from etude.config import Config
 from etude.conversation import Example
 from etude.errors import UserError
@@ -49,12 +49,16 @@ def expect(
         "quantization": settings.model.quantization,
         "loss": {"split": split, "data": fingerprints[split], "rows": rows, "value": loss},
     }
-    runs.write(folder, runs.PROOF, json.dumps(expected, indent=1))
+    runs.write(folder, runs.PROOF, json.dumps(expected, indent=1, allow_nan=False))
     return str(expected["sha256"])
 
 
 def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> float:
-    """Mean loss over all supervised tokens in nats, as the trainer's validation computes it."""
+    """Mean loss over all supervised tokens in nats, as the trainer's validation computes it.
+
+    Raises:
+        UserError: it is not finite; with the rows.
+    """
     import torch
 
     training = settings.training
@@ -73,7 +77,10 @@ def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> floa
         for batch in cutter(examples):
             total += float(batching.token_losses(model, batch).sum())
             count += len(batch.target)
+        found = [] if math.isfinite(total) else batching.culprits(model, cutter, examples)
     model.train(was_training)
+    if not math.isfinite(total):
+        raise models.not_finite(model, "The loss", found or [one.origin for one in examples])
     return total / count
 
 
@@ -148,9 +155,11 @@ def examine(
         )
     ids = examples[0].ids if examples else target.renderer.text("How are you today?").ids
     difference = logits_difference(model, ids[:64])
-    if not difference > 0:  # NaN, too, proves nothing
+    if not math.isfinite(difference):
+        raise models.not_finite(model, "A logit", [examples[0].origin if examples else name])
+    if not difference > 0:
         raise UserError(
-            f"{name}: the adapter changes nothing: with it, the logits are the base's, or no numbers. "
+            f"{name}: the adapter changes nothing: with it, the logits are the base's. "
             "Train the run again with another training.learning_rate"
         )
     told = compare_losses(name, model, target, expected, examples) if examples else (

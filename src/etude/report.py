@@ -158,6 +158,24 @@ def _percent(figures: dict[str, Any], key: str) -> str:
     return f"{value:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
+def perplexity(figures: dict[str, Any]) -> str:
+    """The perplexity of `figures`; where it is beyond all numbers, the loss that it would come from."""
+    value = figures["perplexity"]
+    return f"over 1e308 (loss {figures['loss']:.1f})" if value is None else f"{value:.2f}"
+
+
+def overridden(result: dict[str, Any]) -> list[str]:
+    """A sentence about settings that decide the figures and are not those of the run, if any."""
+    changed = result.get("overridden") or {}
+    if not changed:
+        return []
+    shown = "; ".join(
+        f"{key} {str(values['now'])!r:.80} (was {str(values['before'])!r:.80})"
+        for key, values in changed.items()
+    )
+    return [f"measured with other settings than the run's or the defaults: {shown}"]
+
+
 def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The comparison table: its head (metric, then one column a model) and its rows."""
     models: dict[str, dict[str, Any]] = result["models"]
@@ -177,7 +195,7 @@ def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if any(figures["unparseable"] for figures in models.values()):
             rows += [("unparseable answers", lambda f: str(f["unparseable"]))]
     else:
-        rows += [("perplexity of the references", lambda f: f"{f['perplexity']:.2f}")]
+        rows += [("perplexity of the references", perplexity)]
         if "exact_match" in first:
             rows += [
                 ("exact match", lambda f: f"{f['exact_match']:.3f}"),
@@ -252,6 +270,7 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in source["dropped"].items()
         ),
         _markdown_table(head, rows),
+        *map(_line, overridden(result)),
         verdict(result),
     ]
     for name, figures in result["models"].items():
@@ -318,9 +337,8 @@ def write_evaluation(
                             "predicted": figures["predicted"][at],
                             "said": figures["said"][at],
                         }
-                stream.write(
-                    json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n"
-                )
+                kept = {k: v for k, v in line.items() if v}
+                stream.write(json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
         classified = [n for n, f in result["models"].items() if f["kind"] == "classification"]
         pictures = {name: f"confusion-{name}.png" for name in classified}
         for name, file in pictures.items():
@@ -328,7 +346,8 @@ def write_evaluation(
             confusion_plot(figures, f"{name}: accuracy {figures['accuracy']:.3f}", work / file)
         text = evaluation_markdown(result, pictures, _examples(measured, rows))
         (work / "report.md").write_text(text, encoding="utf-8")
-        (work / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        text = json.dumps(result, indent=1, allow_nan=False)
+        (work / "report.json").write_text(text, encoding="utf-8")
         for file in ("predictions.jsonl", *pictures.values(), "report.md", "report.json"):
             files.flush(work / file)
             files.place(work / file, folder / file)

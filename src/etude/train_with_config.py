@@ -125,7 +125,7 @@ def _train_in(
     # Whether it fits is known from the model's shape, before its weights are loaded.
     outline = models.outline(settings.model.name, settings.model.revision)
     renderer = runs.renderer_for(outline, settings)
-    examples, reports = encode(tables, renderer, settings)
+    examples, reports = encode(tables, renderer, settings, models.window(outline.config))
     show_data(examples, reports, outline.tokenizer)
     planned, _ = make_plan(settings, outline, place, examples, force)
 
@@ -182,7 +182,7 @@ def _train_in(
         report.loss_plot(folder / runs.METRICS, work / runs.PICTURE)
         runs.move_in(folder, work / runs.PICTURE)
     # Last: a folder with a manifest is a finished run.
-    runs.write(folder, runs.MANIFEST, json.dumps(manifest, indent=1))
+    runs.write(folder, runs.MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
     show_end(settings, results)
 
 
@@ -415,12 +415,14 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
 
 
 def encode(
-    tables: dict[str, data.Table], renderer: Renderer, settings: Config
+    tables: dict[str, data.Table], renderer: Renderer, settings: Config, window: int | None
 ) -> tuple[dict[str, list[Example]], dict[str, data.Report]]:
     """The examples of every split, and what became of its rows."""
     examples, reports = {}, {}
     for split, table in tables.items():
-        examples[split], reports[split] = data.encode(table, renderer, settings.dataset, split)
+        examples[split], reports[split] = data.encode(
+            table, renderer, settings.dataset, split, window
+        )
     return examples, reports
 
 

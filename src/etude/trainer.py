@@ -1,6 +1,5 @@
 """transformers.Trainer with our passes and our loss plugged in."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -19,7 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from etude import batching, checkpoints, files, lora, ranks
+from etude import batching, checkpoints, files, lora, models, ranks
+from etude import metrics as measures
 from etude.config import Config
 from etude.conversation import Example
 from etude.device import Device
@@ -230,25 +230,22 @@ class StepTrainer(Trainer):
 
     def _not_finite(self, what: str, examples: list[Example]) -> UserError:
         """What to say when the step's loss or gradient is not a number, with the rows it came from."""
-        # A pass shares its numbers, so the rows are asked one by one.
-        single = dataclasses.replace(self._cutter, rows=1, why_padded="one by one")
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            sums = batching.sum_by_example(self.model, single(examples), len(examples))
-        guilty = [
-            example for example, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)
-        ]
+        guilty = batching.culprits(self.model, self._cutter, examples)
         # What is not finite is so for all processes; the rows may be another's.
         found, every = (
-            [example.origin for own in ranks.gather(part) for example in own]
-            for part in (guilty, examples)
+            [origin for own in ranks.gather(part) for origin in own]
+            for part in (guilty, [example.origin for example in examples])
         )
         rows = ", ".join(found or every)
+        advice = (
+            "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
+            "on from the last checkpoint, if one was made"
+        )
         return UserError(
             f"step {self.state.global_step + 1}: the {what} is not a finite number, so the training was "
             f"stopped; the weights are those of step {self.state.global_step}. "
             + (f"Rows whose own loss is not finite: {rows}. " if found else f"Its rows: {rows}. ")
-            + "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
-            "on from the last checkpoint, if one was made"
+            + (models.broken_weights(self.model) or advice)
         )
 
     def _watch(self, own: torch.Tensor, examples: list[Example]) -> None:
@@ -304,14 +301,18 @@ class StepTrainer(Trainer):
         sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
+            found = batching.culprits(model, self._cutter, share)
+            found = [origin for own in ranks.gather(found) for origin in own]
+            rows = f" (rows: {', '.join(found[:10])}{', ...' * (len(found) > 10)})" if found else ""
+            advice = "Lower training.learning_rate, or use float32 in place of float16"
             raise UserError(
-                f"step {self.state.global_step}: the validation loss is {loss}, so the training was stopped. "
-                "Lower training.learning_rate, or use float32 in place of float16"
+                f"step {self.state.global_step}: the validation loss is {loss}{rows}, so the training "
+                f"was stopped. {models.broken_weights(model) or advice}"
             )
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
-        }
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        perplexity = measures.perplexity(loss, 1)
+        if perplexity is not None:
+            metrics[f"{metric_key_prefix}_perplexity"] = perplexity
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -461,9 +462,10 @@ class Recorder(TrainerCallback):
         line = {
             "step": state.global_step,
             "seconds": round(self.trainer.seconds, 2),
-            **(logs or {}),
+            # A norm is infinite where float16 overflowed and the scaler left the step out.
+            **{key: value if math.isfinite(value) else None for key, value in (logs or {}).items()},
         }
-        files.append(self._file, json.dumps(line) + "\n")
+        files.append(self._file, json.dumps(line, allow_nan=False) + "\n")
 
 
 def steps(config: Config, examples: int) -> int:
