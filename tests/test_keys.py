@@ -1,6 +1,7 @@
 """Every key of config.yml changes what a program does: none is read by nothing."""
 
 import json
+import types
 from collections import Counter
 from types import SimpleNamespace
 
@@ -166,14 +167,15 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
     def batches(config):
         sizes = []
 
-        def spy(model, renderer, prompts, settings):
+        def spy(model, renderer, prompts, settings, *_):
             sizes.append(len(prompts))
             return [generation.Response("a", 1, True)] * len(prompts)
 
         monkeypatch.setattr(generation, "generate", spy)
         renderer = runs.renderer_for(base(config), config)
         prompts = [[{"role": "user", "content": f"q{n}"}] for n in range(20)]
-        evaluation.respond(None, renderer, prompts, config, "model")
+        model = types.SimpleNamespace(config=None)
+        evaluation.respond(model, renderer, prompts, config, "model", ["x:1"] * len(prompts))
         return sizes
 
     def sampled(config):

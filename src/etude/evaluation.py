@@ -178,8 +178,7 @@ def measure_labels(
     for notice in data.contradicting("test", len(table.rows), data.repeats(table.rows)[1]):
         terminal.err.print(f"notice    {terminal.printable(notice)}")
     prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
-    room = answer_room(renderer, prompts[0], labels)
-    refuse_beyond_window(model, renderer, prompts, table, room, settings)
+    refuse_beyond_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
     if settings.evaluation.method == "likelihood":
         scores = label_log_likelihoods(model, renderer, prompts, labels, settings, name, origins)
@@ -201,7 +200,7 @@ def answer_room(renderer: Renderer, prompt: list[Message], labels: Sequence[str]
             len(renderer.render([*prompt, {"role": "assistant", "content": label}])) - start
             for label in labels
         ]
-        return max(ANSWER_TOKENS, *sizes)
+        return max([ANSWER_TOKENS, *sizes])
     return ANSWER_TOKENS
 
 
@@ -210,16 +209,16 @@ def refuse_beyond_window(
     renderer: Renderer,
     prompts: Sequence[list[Message]],
     table: data.Table,
-    room: int,
     settings: Config,
 ) -> None:
-    """Raise UserError for prompts that leave the model no `room` for an answer, with their lines.
+    """Raise UserError for prompts that leave the model no room for an answer, with their lines.
 
     Beyond its window a model fails or, with rotary positions, writes noise without a word.
     """
     window = window_of(model.config)
     if window is None:
         return
+    room = answer_room(renderer, prompts[0], table.labels or [])
     beyond = [
         (f"{table.source}:{row.line}", size)
         for row, prompt in zip(table.rows, prompts, strict=True)
@@ -411,7 +410,7 @@ def measure_responses(
     if table.format == "text":
         return result
     prompts = [row.messages[:-1] for row in table.rows]
-    refuse_beyond_window(model, renderer, prompts, table, ANSWER_TOKENS, settings)
+    refuse_beyond_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
     responses = respond(model, renderer, prompts, settings, name, origins)
     references = [row.messages[-1]["content"] for row in table.rows]
