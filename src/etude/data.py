@@ -414,14 +414,14 @@ def encode(
             + "\n  ".join(report.notices())
             + room_of_labels(renderer, table.labels or [], settings, settings.max_length)
         )
-    beyond = [(one.origin, len(one)) for one in examples if window and len(one) > window]
+    beyond = {one.origin: len(one) for one in examples if window and len(one) > window}
     if beyond and window:
         advice = (
             f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer rows), "
             "or take a model with a longer window."
         )
         advice += room_of_labels(renderer, table.labels or [], settings, window)
-        raise beyond_window(beyond, window, advice)
+        raise beyond_window(list(beyond.items()), window, advice)
     return examples, report
 
 
