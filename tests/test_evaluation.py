@@ -478,7 +478,7 @@ def test_a_perplexity_beyond_all_numbers_gives_its_loss():
 def test_no_report_holds_a_number_that_is_none(tmp_path):
     figures = {"kind": "responses", "perplexity": math.nan, "loss": 1.0}
     result = {"models": {"model": figures}, "target": "x", "method": "greedy", "base": "b",
-              "data": {"rows": 1, "source": "s", "format": "text", "dropped": {}}}  # fmt: skip
+              "data": {"rows": 1, "source": "s", "format": "text", "dropped": {}, "drawn": ""}}  # fmt: skip
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.write_evaluation(result, {}, [], tmp_path / "out")
