@@ -315,6 +315,7 @@ def test_a_proof_that_fails_leaves_the_run_unfinished(code, stderr, words, monke
 
     Done.stderr = stderr
     monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: Done)
+    (tmp_path / runs.CHECKPOINTS / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         proof.in_a_new_process(tmp_path)
     assert words in str(caught.value)

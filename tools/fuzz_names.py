@@ -175,7 +175,6 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     from etude import config, dialogue, evaluation, lora, models, runs, sources
     from etude import train_with_config as training
     from etude.errors import UserError
-    from etude.strict_yaml import scalar
 
     before = Path.cwd()
     os.chdir(root)
@@ -193,7 +192,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
             (folder / "report.json").write_text("{}")
 
     def output(name: str) -> None:
-        training.open_folder(config.load(None, overrides=[f"output.dir={scalar(name)}"]), None)
+        training.open_folder(config.load(None, overrides=[f"output.dir={name}"]), None)
 
     def save(name: str) -> None:
         dialogue.save(dialogue.Conversation(), Path(os.path.expanduser(name)))

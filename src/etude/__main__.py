@@ -1,5 +1,21 @@
-"""`python -m etude` is `etude`."""
+"""The command `etude`, which is `python -m etude`."""
 
-from etude.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run a program; Ctrl-C while they are still being imported ends it without a traceback."""
+    try:
+        from etude import cli
+
+        cli.main()
+    except BaseException as error:
+        from etude.errors import causes
+
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+            sys.exit(130)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -51,7 +51,9 @@ def _limited(action: Callable[[], object]) -> None:
         size = int(pages.read_text().split()[0]) * resource.getpagesize()
         bounds[resource.RLIMIT_AS] = size + MEMORY
     for kind, bound in bounds.items():
-        resource.setrlimit(kind, (bound, resource.getrlimit(kind)[1]))
+        most = resource.getrlimit(kind)[1]  # `ulimit -v` may have set less
+        bound = bound if most == resource.RLIM_INFINITY else min(bound, most)
+        resource.setrlimit(kind, (bound, most))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library's last words
     try:
         action()

@@ -16,7 +16,7 @@ from etude import lora, models, runs, terminal
 from etude.config import Generation
 from etude.conversation import RenderError
 from etude.dialogue import Conversation, fit, load, save
-from etude.errors import UserError, command, nearest
+from etude.errors import UserError, command, nearest, shortage
 from etude.foreign import expanded
 from etude.generation import Response, generate
 
@@ -73,6 +73,8 @@ def chat(
     overrides += [
         f"generation.{key}={value}" for key, value in options.items() if value is not None
     ]
+    if sys.stdout is None:
+        raise UserError("stdout is closed, so no answer could be shown; leave it open")
     question = read_question(prompt)
     name = name or default_target(overrides)
     if question is None:
@@ -81,15 +83,22 @@ def chat(
     runs.refuse_live(name)
     target = runs.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
-    if question is None:
-        interactive(talk)
-    elif talk.ask(question).interrupted:
-        raise KeyboardInterrupt
+    try:
+        if question is None:
+            interactive(talk)
+        elif talk.ask(question).interrupted:
+            raise KeyboardInterrupt
+    except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
+        sys.stdout = None
 
 
 def read_question(prompt: str | None) -> str | None:
     """The one prompt of --prompt or of a pipe; None in a terminal, where a conversation begins."""
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    if prompt is None and sys.stdin is None:
+        raise UserError(
+            "stdin is closed, so no question can be typed; give one: etude chat --prompt TEXT"
+        )
+    if prompt is None and sys.stdin.isatty():
         return None
     where = "stdin" if prompt is None else "--prompt"
     try:
@@ -262,9 +271,11 @@ def interactive(talk: Talk) -> None:
                 return
         except KeyboardInterrupt:
             say("\nstopped")
+        except BrokenPipeError:  # nobody reads the answers
+            raise
         except Exception as error:  # out of memory, say: what was said so far must not be lost
             kind = "" if isinstance(error, UserError) else f"\n{type(error).__name__}: "
-            say(f"{kind}{error}", style="red")
+            say(shortage(error) or f"{kind}{error}", style="red")
         else:
             continue
         if talk.conversation.pending:

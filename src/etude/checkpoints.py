@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude import files
-from etude.errors import UserError, first_line
+from etude.errors import UserError, first_line, shortage
 from etude.foreign import usual_mode
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def reading(
     except UserError:
         raise
     except Exception as error:
-        if not blamed(error):
+        if shortage(error) or not blamed(error):
             raise
         raise UserError(
             f"{checkpoint}: not what this version of Etude writes ({type(error).__name__}: "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from etude.errors import UserError, first_line
+from etude.errors import UserError, first_line, shortage
 
 TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
 # Keys of config.json that say how many layers are built, and how wide: transformers builds what
@@ -158,6 +158,8 @@ def _shapes(files: list[Path], where: str) -> dict[str, tuple[int, ...]]:
                     if 0 not in shape:  # a tensor without numbers may say any width
                         shapes[key] = shape
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
+            if lack := shortage(error):
+                raise UserError(f"{where}{file.name}: {lack}") from None
             raise UserError(
                 f"{where}{file.name} is not a readable safetensors file: {first_line(error)}; "
                 "copy it again"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from etude import foreign
 from etude.config import Lora
-from etude.errors import UserError, first_line, nearest
+from etude.errors import UserError, first_line, nearest, shortage
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +236,7 @@ def load(model: Any, folder: Path) -> Any:
         )
         expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     except Exception as error:  # what PEFT stumbles over has no common kind
-        raise _unfit(folder, first_line(error)) from None
+        raise _unfit(folder, shortage(error) or first_line(error)) from None
     faults = compare_keys(state, expected)
     if faults:
         raise _unfit(folder, "; ".join(faults))
@@ -269,7 +269,8 @@ def read_weights(folder: Path) -> State:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unfit(folder, f"{file.name} is damaged: {first_line(error)}") from None
+        reason = shortage(error, file) or f"{file.name} is damaged: {first_line(error)}"
+        raise _unfit(folder, reason) from None
 
 
 def compare_keys(state: State, expected: State) -> list[str]:

@@ -1,12 +1,14 @@
 """A name in, a model and its tokenizer out: Hub id, folder, .gguf file or the bundled sample."""
 
 import copy
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from etude import bounded, foreign
 from etude.device import Device
-from etude.errors import UserError, first_line, nearest
+from etude.errors import UserError, first_line, nearest, shortage
 
 if TYPE_CHECKING:
     import torch
@@ -363,7 +365,8 @@ def from_gguf(file: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent))
+        _clear(folder.parent)
+        work = Path(tempfile.mkdtemp(prefix=f"{_maker(os.getpid())}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
             f"{folder.parent}: {error.strerror}; set ETUDE_CACHE to a folder that can be written"
@@ -382,13 +385,45 @@ def from_gguf(file: Path) -> Path:
             shutil.rmtree(folder)
         if not folder.exists():  # else another process was quicker, and may be reading it
             work.rename(folder)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has a kind of its own for a full disk
         if _verified(folder):  # another process was quicker
             return folder
-        raise UserError(f"{file}: could not be converted in {folder.parent}: {error}") from None
+        lack = shortage(error, folder.parent)
+        if not lack and not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{file}: could not be converted in {folder.parent}: {lack or error}"
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _maker(pid: int) -> str:
+    """How the name of a conversion's unfinished folder begins: its machine, and its process there."""
+    return f".unfinished-{socket.gethostname()}-{pid}"
+
+
+def _clear(folder: Path) -> None:
+    """Delete the unfinished conversions in `folder` whose process, on this machine, is gone."""
+    for path in folder.glob(f"{glob.escape(_maker(0)[:-1])}*"):
+        pid = path.name.removeprefix(_maker(0)[:-1]).partition("-")[0]
+        if pid.isdecimal() and not _lives(int(pid)):
+            log.info("Removed %s, which a conversion that was killed had left", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, say
+        return True
+    return True
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -401,6 +436,8 @@ def _convert(file: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # a foreign file format: gguf raises whatever it stumbles over
+        if lack := shortage(error, folder.parent):
+            raise UserError(f"model.name {file}: {lack}") from None
         raise UserError(
             f"model.name {file}: not a GGUF model that transformers can read "
             f"({type(error).__name__}: {error})"
@@ -442,6 +479,14 @@ def _weights_hash(folder: Path) -> str:
 def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
     """Turn what transformers raised into a sentence for a person."""
     text = first_line(error)
+    if folder is None:
+        from huggingface_hub import constants
+
+        lack = shortage(error, constants.HF_HUB_CACHE)
+    else:
+        lack = shortage(error, folder)
+    if lack:
+        return UserError(f"model.name {name}: {lack}")
     if (
         folder is None
         and isinstance(error, OSError)

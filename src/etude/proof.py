@@ -14,6 +14,7 @@ from etude.config import Config
 from etude.conversation import Example
 from etude.errors import UserError
 
+INTERRUPTED = 130  # the exit code of Ctrl-C
 # Where the trainer measured no validation loss, so many examples are measured for the proof.
 EXAMPLES = 64
 # How far the loss in a new process may be from the training's: relative, and in nats.
@@ -95,9 +96,15 @@ def in_a_new_process(folder: Path) -> str:
     # Not one of several processes any more, where torchrun started this one.
     left_out = {"FORCE_COLOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
     plain = {key: value for key, value in os.environ.items() if key not in left_out}
-    done = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=plain
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=plain
+        )
+    except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
+        code = end.code if isinstance(end, SystemExit) else INTERRUPTED
+        raise KeyboardInterrupt(
+            f"stopped during the proof, the last step of the training; {runs.go_on(folder)}", code
+        ) from None
     if done.returncode == 0:
         return done.stdout.strip().splitlines()[-1].removeprefix("proof").strip()
     problem = done.stderr.rpartition("error: ")[2].strip()

@@ -127,17 +127,19 @@ def joining() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_signals(handler: Any) -> Iterator[None]:
-    """Let `handler` take what ends a program from outside: Ctrl-C, SIGTERM, SIGHUP.
+def on_signals(handler: Any, *names: str) -> Iterator[None]:
+    """Let `handler` take what ends a program from outside: by default SIGINT (Ctrl-C), SIGTERM, SIGHUP.
 
     In the main thread alone, for Python allows no other; and a SIGHUP that `nohup` turned off stays off.
     """
     main = threading.current_thread() is threading.main_thread()
-    hung_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    numbers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, hung_up)) if main else {}
-    before = {number: signal.getsignal(number) for number in numbers}
-    if before.get(hung_up) == signal.SIG_IGN:
-        del before[hung_up]
+    before = {
+        number: signal.getsignal(number)
+        for name in names or ("SIGINT", "SIGTERM", "SIGHUP")
+        if main
+        and (number := getattr(signal, name, None)) is not None  # Windows has no SIGHUP
+        and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN)
+    }
     for number in before:
         signal.signal(number, handler)
     try:

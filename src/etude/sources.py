@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from etude.errors import UserError, first_line, nearest
+from etude.errors import UserError, first_line, nearest, shortage
 from etude.foreign import expanded, open_bytes, read_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
@@ -299,7 +299,8 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
                 raise ValueError(f"its {len(data):,} bytes grow to more than {most:,}")
             rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{source}: not a readable parquet file: {first_line(error)}") from None
+        reason = shortage(error) or f"not a readable parquet file: {first_line(error)}"
+        raise UserError(f"{source}: {reason}") from None
     _name_classes(rows, names)
     return list(enumerate(rows, 1))
 
@@ -338,6 +339,8 @@ def _read_hub(source: str) -> tuple[list[RawRow], str]:
     try:
         table = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises what its many readers raise
+        if lack := shortage(error, datasets.config.HF_DATASETS_CACHE):
+            raise UserError(f"{source}: {lack}") from None
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source}: this Hub data set cannot be loaded: {text}. "

@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import IO, Any, ParamSpec, cast
 
 import typer
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from etude import files, ranks
 from etude.config import Config, key_paths
-from etude.errors import UserError
+from etude.errors import UserError, causes, shortage
 from etude.foreign import expanded
 from etude.ranks import FIRST, first_to_say
 
@@ -85,19 +86,61 @@ def log_to(file: Path) -> None:
     _log.write()
 
 
+class _Stream(io.TextIOBase):
+    """The stdout or stderr of the moment; what nobody reads any more (`| head`, a closed terminal) is lost.
+
+    So that a training goes on to its end, whoever was listening.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _now(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # under a live progress bar
+
+    def _try(self, action: Callable[[Any], object]) -> None:
+        stream = self._now()
+        if stream is None:  # closed when the program began
+            return
+        try:
+            action(stream)
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def write(self, text: str) -> int:
+        """Write `text`, or lose it."""
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or lose what is left."""
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        stream = self._now()
+        return stream is not None and bool(stream.isatty())
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return int(self._now().fileno())
+
+
 class _Console(Console):
     """A console that keeps what is printed for the log of a training."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does."""
-        _log.add(objects, options)  # first: a closed stdout ends this here
+        _log.add(objects, options)
         super().print(*objects, **options)
 
 
 # Results go to stdout, all else to stderr, so that output can be piped.
 # Of several processes (torchrun) the first one speaks; a mistake is told by the first that meets it.
-out = _Console(**PLAIN, quiet=not FIRST)
-err = _Console(stderr=True, **PLAIN)
+out = _Console(file=cast(IO[str], _Stream("stdout")), **PLAIN, quiet=not FIRST)
+err = _Console(file=cast(IO[str], _Stream("stderr")), **PLAIN)
 
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
@@ -128,7 +171,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
 
     Exit codes: 0 done; 2 a mistake, or a machine that is full, told on stderr without a traceback;
-    130 Ctrl-C, 143 SIGTERM.
+    130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
 
     @functools.wraps(function)
@@ -136,44 +179,34 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         _quiet()
         _log.file = _log.kept = None
         try:
-            ranks.check(function.__name__)
-            function(*args, **kwargs)
-        except UserError as error:
-            problem = str(error)
-        except KeyboardInterrupt as interrupt:
-            tell("\n", str(interrupt.args[0]) if interrupt.args else "stopped")
-            raise typer.Exit(interrupt.args[1] if interrupt.args[1:] else INTERRUPTED) from None
-        except BrokenPipeError:  # the reader of a pipe left, e.g. `| head`
-            sys.stdout = None
-            raise typer.Exit(0) from None
-        except OSError as error:  # no permission, a full disk, a name too long
-            told = _machine_is_full(error) or error.strerror or error
-            problem = f"{error.filename or 'the system'}: {told}"
-        except Exception as error:
-            problem = _machine_is_full(error)
+            with ranks.on_signals(_end, "SIGTERM", "SIGHUP"):
+                ranks.check(function.__name__)
+                function(*args, **kwargs)
+            return
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            # A library may wrap the interrupt that it met, in the middle of an import say.
+            for cause in causes(error):
+                if isinstance(cause, KeyboardInterrupt):
+                    tell("\n", str(cause.args[0]) if cause.args else "stopped")
+                    raise typer.Exit(cause.args[1] if cause.args[1:] else INTERRUPTED) from None
+            problem = str(error) if isinstance(error, UserError) else shortage(error)
+            if not problem and isinstance(error, OSError):  # no such folder, a name too long
+                problem = f"{error.filename or 'the system'}: {error.strerror or error}"
             if not problem:
                 _log.add((traceback.format_exc(),), {})
                 raise
-        else:
-            return
         tell(Text("error: ", style="bold red"), printable(problem))
         raise typer.Exit(USER_ERROR)
 
     return wrapper
 
 
-def _machine_is_full(error: Exception) -> str:
-    """What to say of an error by which a library tells that memory or disk is full; else empty."""
-    # By name and text: importing the libraries for their classes would slow every start.
-    if type(error).__name__ == "OutOfMemoryError":
-        return (
-            "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
-            "evaluation.batch_size, or set training.gradient_checkpointing: true"
-        )
-    full = ("No space left on device", "Disk quota exceeded", "file write failed")
-    if any(words in str(error) for words in full):
-        return "the disk is full; free some space, then go on: a training with --resume"
-    return ""
+def _end(number: int, frame: object) -> None:
+    """On SIGTERM and SIGHUP leave in order: what is half done is cleaned up, a child process ended."""
+    signal.signal(number, signal.SIG_DFL)  # the next one ends it at once
+    raise SystemExit(128 + number)
 
 
 def run(function: Callable[..., None]) -> None:
@@ -234,6 +267,13 @@ class _Notices(logging.Handler):
 
 def _quiet() -> None:
     """Our own notices to stderr; the libraries' progress bars and advice to themselves."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except (
+            OSError
+        ):  # closed (`>&-`): else a file would get its number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
     logger = logging.getLogger("etude")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -33,7 +33,7 @@ from etude import (
 from etude import config as configuration
 from etude.config import Config
 from etude.conversation import Example, Renderer
-from etude.errors import UserError, command, first_line
+from etude.errors import UserError, command, first_line, shortage
 from etude.foreign import expanded
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
-    run_training(load_config(arguments or [], config, preset or []), resume, force)
+    settings = load_config(arguments or [], config, preset or [])
+    with resumable(expanded(settings.output.dir)):
+        run_training(settings, resume, force)
 
 
 def run_training(
@@ -184,6 +186,26 @@ def _train_in(
     # Last: a folder with a manifest is a finished run.
     runs.write(folder, runs.MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
     show_end(settings, results)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Where memory or disk end a training, say how it goes on, if there is a checkpoint to go on from.
+
+    Raises:
+        UserError: what the machine lacks.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lack = shortage(error, folder)
+        if not lack:
+            raise
+        newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+        then = f"; then {runs.go_on(folder)}" if newest else ""
+        raise UserError(f"{lack}{then}") from error
 
 
 def choose_device(settings: Config) -> device.Device:

@@ -1,0 +1,344 @@
+"""How programs end: a machine that is full, signals, closed streams, what kills leave behind."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from etude import __main__ as command_line
+from etude import cli, lora, models, proof, ranks, runs, sources, terminal, train_with_config
+from etude.errors import UserError, shortage
+
+
+class SafetensorError(Exception):
+    pass
+
+
+def raised_from(error, *causes):
+    """`error`, raised from the first cause, and that from the next."""
+    for outer, inner in zip((error, *causes), causes, strict=False):
+        outer.__cause__ = inner
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (SafetensorError("Error: Cannot allocate memory (os error 12)"), "not enough memory"),
+        (ImportError("libfoo.so: failed to map segment from shared object"), "not enough memory"),
+        (raised_from(ValueError("no model"), MemoryError()), "not enough memory"),
+        (raised_from(OSError("x"), ValueError("y"), OSError(28, "z", "/r/f")), "/r/f: the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "/place: the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "/place: the disk is full; free some space (the quota"),
+        (OSError(errno.EROFS, "Read-only file system", "/r/f"), "/r/f: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "/r/f"), "/r/f: Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files", "/r/f"), "too many open files; raise the limit"),
+        # What must stay what it is.
+        (OSError("does not appear to have a file named config.json"), ""),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/r/f"), ""),
+        (ValueError("Unrecognized model"), ""),
+        (raised_from(KeyError("x"), UserError("not enough memory")), ""),
+    ],
+)  # fmt: skip
+def test_a_shortage_is_known_by_its_number_wherever_it_arose(error, words):
+    told = shortage(error, "/place")
+    assert told.startswith(words) and bool(told) == bool(words)
+
+
+def test_a_full_cache_names_the_variable_that_moves_it(monkeypatch, tmp_path):
+    for variable in (
+        "ETUDE_CACHE",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_DATASETS_CACHE",
+        "XDG_CACHE_HOME",
+    ):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", "/home/u")
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    monkeypatch.setattr("tempfile.tempdir", "/scratch")
+    cases = {
+        "/home/u/.cache/etude/gguf": "ETUDE_CACHE",
+        "/home/u/.cache/huggingface/hub/models--x": "HF_HUB_CACHE",
+        "/home/u/.cache/huggingface/datasets": "HF_DATASETS_CACHE",
+        "/home/u/.cache/huggingface/token": "HF_HOME",
+        "/home/u/.cache/other": "XDG_CACHE_HOME",
+        "/scratch/torchinductor_u/x": "TMPDIR",
+        "/scratch/runs/x": "",
+        "/home/u/runs/x": "",
+    }
+    for file, variable in cases.items():
+        told = shortage(OSError(errno.ENOSPC, "", file))
+        assert told.startswith(f"{file}: the disk is full; free some space")
+        assert told.endswith(f"set {variable} to a folder with room") == bool(variable), told
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
+    denied = PermissionError(errno.EACCES, "", f"{tmp_path}/gguf")
+    assert "set ETUDE_CACHE to a folder that can be written" in shortage(denied)
+
+
+NO_MEMORY = RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
+    loaded = models._explain("some/model", None, None, raised_from(OSError("no file"), FULL))
+    assert "the disk is full" in str(loaded) and "spelling" not in str(loaded)
+    assert "HF_HUB_CACHE" in str(loaded) or "HF_HOME" in str(loaded)
+    local = models._explain("folder", tmp_path, None, NO_MEMORY)
+    assert "model.name folder: not enough memory" in str(local)
+    assert "causal" in str(models._explain("folder", tmp_path, None, ValueError("odd")))
+    assert "spelling" in str(
+        models._explain("some/modle", None, None, OSError("no such repository"))
+    )
+
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    for error, words in (
+        (
+            SafetensorError("No space left on device (os error 28)"),
+            "the disk is full.*set ETUDE_CACHE",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; set ETUDE_CACHE"),
+    ):
+        monkeypatch.setattr(models, "_convert", lambda *_, error=error: throw(error))
+        with pytest.raises(UserError, match=words):
+            models.from_gguf(file)
+    monkeypatch.setattr(models, "_convert", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        models.from_gguf(file)
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: throw(FULL))
+    with pytest.raises(UserError, match=r"the disk is full.*HF_DATASETS_CACHE"):
+        sources.read("some/data")
+    (tmp_path / lora.WEIGHTS).write_bytes(b"x")
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *_: throw(NO_MEMORY_ON_LOAD))
+    with pytest.raises(UserError, match="not enough memory"):
+        lora.read_weights(tmp_path)
+
+
+NO_MEMORY_ON_LOAD = OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def throw(error):
+    raise error
+
+
+@pytest.mark.parametrize("program", ["evaluate", "chat"])
+def test_a_program_without_memory_ends_with_a_sentence(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "open_target", lambda *_: throw(NO_MEMORY))
+    more = ["--text", "Hello"] if program == "evaluate" else ["--prompt", "Hello"]
+    result = CliRunner().invoke(cli.app, [program, "smollm2-135m", *more])
+    assert result.exit_code == 2
+    assert "error: not enough memory; end other programs" in result.output
+    assert "--resume" not in result.output
+
+
+def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_with_config, "run_training", lambda *_: throw(FULL))
+    arguments = ["train", "--preset", "cpu", "output.dir=my run"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, "--resume" in result.output) == (2, False)
+    assert "my run: the disk is full; free some space" in result.output
+    there = Path("my run/checkpoints/checkpoint-3")
+    there.mkdir(parents=True)
+    assert "--resume" not in CliRunner().invoke(cli.app, arguments).output  # nothing whole in it
+    monkeypatch.setattr("etude.checkpoints.newest", lambda _: (there, []))
+    result = CliRunner().invoke(cli.app, arguments)
+    assert "then go on with: etude train 'my run/config.yml' --resume 'output.dir=my run'" in (
+        result.output.replace("\n", " ")
+    )
+    monkeypatch.setattr(train_with_config, "run_training", lambda *_: 1 / 0)
+    assert isinstance(CliRunner().invoke(cli.app, arguments).exception, ZeroDivisionError)
+
+
+# --- signals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_any_program_in_order(name, monkeypatch, capsys, tmp_path):
+    number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
+
+    @terminal.command
+    def program():
+        try:
+            os.kill(os.getpid(), number)
+            os.getpid()  # the handler runs by now
+        except Exception:  # as loaders do
+            pytest.fail("a signal is not an error")
+        finally:
+            (tmp_path / "cleaned").touch()
+
+    with pytest.raises(SystemExit) as end:
+        program()
+    assert end.value.code == 128 + number
+    assert (tmp_path / "cleaned").exists()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_training_ends_after_its_step(name, code, tmp_path):
+    from etude.trainer import Stopped
+
+    loop = SimpleNamespace(stop=False, state=SimpleNamespace(global_step=3, max_steps=5))
+    with (
+        pytest.raises(KeyboardInterrupt, match="stopped at step 3 of 5") as stopped,
+        train_with_config.stoppable(loop, tmp_path),
+    ):
+        os.kill(os.getpid(), getattr(signal, name))
+        assert loop.stop
+        raise Stopped
+    assert stopped.value.args[1] == code
+
+
+def test_nohup_stays(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ranks.on_signals(lambda *_: pytest.fail("ended")):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(129), 129)]
+)
+def test_a_signal_during_the_proof_ends_its_process_and_says_how_to_go_on(
+    end, code, tmp_path, monkeypatch
+):
+    (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    started = []
+    real = subprocess.Popen
+
+    class Child(real):
+        def __init__(self, command, **options):
+            started.append(self)
+            super().__init__(
+                [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, **options
+            )
+
+        def communicate(self, *_, **__):
+            raise end
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        proof.in_a_new_process(tmp_path)
+    text, told = stopped.value.args
+    assert told == code
+    assert text.startswith("stopped during the proof") and "--resume" in text
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_an_interrupt_that_a_library_wrapped_is_an_interrupt(capsys):
+    for error in (
+        raised_from(ImportError("numpy failed"), KeyboardInterrupt()),
+        raised_from(UserError("not a model"), ImportError(), KeyboardInterrupt()),
+    ):
+        with pytest.raises(Exception) as end:
+            terminal.command(lambda error=error: throw(error))()
+        assert end.value.exit_code == 130
+        assert "stopped" in capsys.readouterr().err
+    with pytest.raises(ImportError):
+        terminal.command(lambda: throw(ImportError("numpy failed")))()
+
+
+def test_ctrl_c_while_the_programs_are_imported_is_quiet(monkeypatch):
+    for error in (KeyboardInterrupt(), raised_from(ImportError(), KeyboardInterrupt())):
+        monkeypatch.setattr(cli, "main", lambda error=error: throw(error))
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        assert end.value.code == 130
+    monkeypatch.setattr(cli, "main", lambda: throw(ImportError("broken")))
+    with pytest.raises(ImportError):
+        command_line.main()
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'etude = "etude.__main__:main"' in project
+
+
+# --- streams ---------------------------------------------------------------------------------
+
+PRINTS = """
+import sys
+from etude import terminal
+
+@terminal.command
+def main():
+    for _ in range(3):
+        terminal.say("line", "x" * 100_000)
+        terminal.err.print("also")
+        print("y" * 100_000)
+    with open(sys.argv[1], "x") as stream:
+        stream.write(f"{stream.fileno()}")
+
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-", "| true", ">/dev/full"])
+def test_a_closed_stdout_ends_nothing(closed, tmp_path):
+    file = tmp_path / "done"
+    program = f"{sys.executable} -c '{PRINTS}' {file}"
+    script = f"({program}; echo $? >{tmp_path}/code) {closed}" if closed == "| true" else (
+        f"{program} {closed}; echo $? >{tmp_path}/code"
+    )  # fmt: skip
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (tmp_path / "code").read_text() == "0\n", done.stderr
+    assert int(file.read_text()) > 2  # no file gets the number of a stream
+    assert "Error" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_chat_without_streams_says_so(monkeypatch):
+    from etude import chat
+
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match=r"stdin is closed.*--prompt TEXT"):
+        chat.read_question(None)
+    assert chat.read_question("Hello") == "Hello"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    assert chat.read_question(None) == "Hello"
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(Exception) as end:
+        chat.chat(prompt="Hello")
+    assert end.value.exit_code == 2
+
+
+# --- leftovers -------------------------------------------------------------------------------
+
+
+def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    folder = tmp_path / "gguf"
+    gone, alive, elsewhere, other = (
+        folder / name
+        for name in (
+            f"{models._maker(child.pid)}-abc",
+            f"{models._maker(os.getppid())}-abc",
+            ".unfinished-another.host-1-abc",
+            "model-0123456789abcdef",
+        )
+    )
+    for path in (gone, alive, elsewhere, other):
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_text("half")
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(models, "_convert", lambda _, work: (work / "model.safetensors").touch())
+    made = models.from_gguf(file)
+    assert sorted(folder.iterdir()) == sorted([alive, elsewhere, other, made])
