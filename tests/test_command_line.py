@@ -175,6 +175,7 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
         update={"output": Config().output.model_copy(update={"dir": str(folder)})}
     )
     (folder / "checkpoints").mkdir(parents=True)
+    runs.begin(folder, {})
     (folder / runs.CONFIG).write_text(to_yaml(config))
 
     def taken(line):
