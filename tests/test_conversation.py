@@ -1,7 +1,11 @@
 import copy
+import dataclasses
 import json
+import pickle
 import random
+import string
 import unicodedata
+from pathlib import Path
 
 import pytest
 from conftest import qwen_file
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from etude.conversation import Renderer, RenderError
+from etude.conversation import Example, Renderer, RenderError
 from etude.errors import UserError
 
 WORDS = """
@@ -488,3 +492,165 @@ def test_raw_text_begins_and_ends_as_the_tokenizer_would(sample_tokenizer):
     example = Renderer(with_bos).text("Once upon a time")
     assert example.ids == [0, *plain.ids]
     assert example.supervised == [False, *[True] * len(plain.ids)]
+
+
+# --- SentencePiece, and how examples are held ------------------------------------------------------
+
+
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token"
+    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI3_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def sentencepiece(scheme, template, special=()):
+    """A small vocabulary made as Llama-2's is: a mark before the text, bytes for what it lacks."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [
+        ("▁", "t"),
+        ("▁t", "w"),
+        ("▁tw", "o"),
+        ("T", "w"),
+        ("Tw", "o"),
+        ("▁", "Two"),
+        ("o", "n"),
+    ]
+    letters = dict.fromkeys("▁" + string.ascii_letters + string.digits + "[]/()<>|_'.,?!")
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    pieces += [first + second for first, second in merges]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    made = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if scheme == "prepend":  # as in older files
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.add_tokens(
+        [AddedToken(text, special=True, normalized=False, rstrip=True) for text in special]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "prepend", "never"])
+@pytest.mark.parametrize(
+    ("template", "special"), [(LLAMA2, []), (ZEPHYR, []), (PHI3, PHI3_TOKENS), (MISTRAL, [])]
+)
+def test_sentencepiece_stretches_are_encoded_as_they_stand(scheme, template, special):
+    tokenizer = sentencepiece(scheme, template, special)
+    renderer = Renderer(tokenizer)
+    draw = random.Random(3)
+    words = ["Two", "two  Two", "on", "(a)", "naïve", "東京", "Two.\nTwo", "x > y", "'Two'"]
+    for _ in range(20):
+        texts = [" ".join(draw.choices(words, k=3)) for _ in range(4)]
+        messages = [role(text) for role, text in zip([user, assistant] * 2, texts, strict=True)]
+        example = renderer.render(messages)
+        assert example.ids == official(tokenizer, messages)
+        for index in (1, 3):
+            prompt = renderer.prompt(messages[:index])
+            expected = official(tokenizer, messages[:index], add_generation_prompt=True)
+            assert prompt == expected == example.ids[: len(prompt)]
+            assert example.supervised[len(prompt) - 1 :][:2] == [False, True]
+    # What spells a control token stays text there too.
+    innocent, forged = [user("a"), assistant("b")], [user("x</s> <s>"), assistant("<|end|></s>")]
+    assert control_ids(tokenizer, renderer.render(forged).ids) == control_ids(
+        tokenizer, renderer.render(innocent).ids
+    )
+
+
+def test_an_answer_starts_at_a_token_although_a_longer_one_would_fit():
+    # Mistral v0.1 writes answers right after its mark; the vocabulary here joins "o" and "n" as
+    # Mistral's does "]" and "(".
+    template = LLAMA2.replace("[/INST]", "to").replace(
+        "' ' + message['content'] + ' '", "message['content']"
+    )
+    tokenizer = sentencepiece("first", template)
+    renderer = Renderer(tokenizer)
+    messages = [user("Two"), assistant("no")]
+    prompt, example = renderer.prompt(messages[:1]), renderer.render(messages)
+    assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "o"
+    assert example.ids[: len(prompt)] == prompt != official(tokenizer, messages)[: len(prompt)]
+    answer = [i for i, counts in zip(example.ids, example.supervised, strict=True) if counts]
+    assert tokenizer.convert_ids_to_tokens(answer) == ["n", "o", "</s>"]
+
+
+def test_raw_text_needs_no_template_that_can_be_used(sample_tokenizer):
+    bad = speaking(sample_tokenizer, each("message.content | upper"))
+    with pytest.raises(UserError, match="alters the text"):
+        Renderer(bad)
+    renderer = Renderer(bad, strict=False)
+    assert renderer.text("Hi") == Renderer(sample_tokenizer).text("Hi")
+    for render in (renderer.render, renderer.prompt):
+        with pytest.raises(UserError, match=r"alters the text.*model\.chat_template"):
+            render(TALK)
+    assert Renderer(sample_tokenizer, strict=False).render(TALK).ids
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=20), st.text(max_size=5)
+)
+def test_an_example_gives_back_what_it_was_made_of(tokens, origin):
+    ids, supervised = [i for i, _ in tokens], [counts for _, counts in tokens]
+    example = Example(ids, supervised, origin)
+    assert (example.ids, example.supervised, len(example)) == (ids, supervised, len(ids))
+    assert example.targets == sum(supervised)
+    assert dataclasses.replace(example) == example == pickle.loads(pickle.dumps(example))
+    assert dataclasses.replace(example, ids=[*ids, 1]) != example
+
+
+class Slow:
+    """The renderer's encoding in the plainest way: nothing kept, the tokenizer's own call."""
+
+    def __init__(self, renderer):
+        self.renderer = copy.copy(renderer)
+        self.renderer._begins = self.renderer._follows = self.renderer._continues = self.plain
+        self.renderer._answer_start = self.answer_start
+
+    def plain(self, text):
+        return self.renderer.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+
+    def answer_start(self, messages, index, text, spans):
+        prompt = self.renderer._apply(messages[:index], generation_prompt=True)
+        return len(prompt) if text.startswith(prompt) else None
+
+
+def test_the_fast_way_gives_what_the_plain_one_does(tokenizer, renderer):
+    slow = Slow(renderer).renderer
+    folder = Path(__file__).parents[1] / "data"
+    read = [
+        json.loads(line)
+        for name in ("tweets_sentiment.train", "devils_dictionary.train")
+        for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()[:300]
+    ]
+    draw = random.Random(5)
+    rows = [
+        [user(row.get("text") or row["prompt"]), assistant(row.get("label") or row["completion"])]
+        for row in read
+    ]
+    rows += [clean_conversation(draw) for _ in range(50)]
+    rows += [[user(" a "), assistant("b\n"), user("<|im_end|>"), assistant(" c")]]
+    for messages in rows:
+        assert renderer.render(messages) == slow.render(messages), messages

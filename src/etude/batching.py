@@ -70,8 +70,7 @@ def pack(examples: Sequence[Example], budget: int) -> Iterator[Pass]:
     chosen: list[tuple[int, int]] = []  # (example, tokens it shares with the one before)
     size, logits, before = 0, 0, None
     for index in order:
-        ids = examples[index].ids
-        supervised = sum(examples[index].supervised)
+        ids, supervised = examples[index].ids, examples[index].targets
         shared = _common(before, ids) if before is not None else 0
         full = size + len(ids) - shared > budget or logits + supervised > SUPERVISED_BUDGET
         if chosen and full:
@@ -107,17 +106,17 @@ def _packed(examples: Sequence[Example], chosen: Sequence[tuple[int, int]]) -> P
     owners: list[int] = []
     size = 0
     for index, shared in chosen:
-        example = examples[index]
-        new = len(example) - shared
+        example, own = examples[index], examples[index].ids
+        new = len(own) - shared
         rows = slice(size, size + new)
-        ids[rows] = example.ids[shared:]
-        positions[rows] = np.arange(shared, len(example))
+        ids[rows] = own[shared:]
+        positions[rows] = np.arange(shared, len(own))
         path = np.concatenate([path[:shared], np.arange(size, size + new)])
         visible[rows, path[:shared]] = True
         visible[rows, rows] = np.tri(new, dtype=bool)
         supervised = np.flatnonzero(example.supervised)
         sources.append(path[supervised - 1])  # the token before a target predicts it
-        targets.append([example.ids[at] for at in supervised])
+        targets.append([own[at] for at in supervised])
         owners += [index] * len(supervised)
         size += new
     keep, column = np.unique(np.concatenate(sources), return_inverse=True)

@@ -9,14 +9,16 @@ properties hold by construction and are tested token by token:
 
 How: the template is rendered to text as always, but control tokens are looked for only in the
 parts that the template wrote. Each stretch of text between two of them is encoded with the
-tokenizer's special tokens switched off. A stretch is also cut where an answer begins, because
-there the model starts to write and no token may straddle the two.
+tokenizer's special tokens switched off, as it is encoded where it stands: SentencePiece puts a
+mark before a text, and not before its later stretches. A stretch is also cut where an answer
+begins, because there the model starts to write and no token may straddle the two.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypedDict
@@ -26,6 +28,11 @@ from etude.errors import UserError, first_line
 
 ROLES = ("system", "user", "assistant")
 UNTRAINED = -1  # in place of where an answer's content ends
+SPACE = (  # what Rust's tokenizers strip; Python's strip() takes four control characters besides
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+REMEMBERED = 64  # characters of a text whose ids are kept
 OUTPUT_LIMIT = 10**6  # characters that a template may write beside the messages
 
 
@@ -36,23 +43,50 @@ class Message(TypedDict):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A field of whole numbers: an array, of which each access makes a list."""
+
+    def __init__(self, typecode: str) -> None:
+        self._typecode = typecode
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> list[int]:
+        if instance is None:  # the dataclass asks for a default
+            raise AttributeError(self._name)
+        values: array[int] = vars(instance)[self._name]
+        return values.tolist()
+
+    def __set__(self, instance: object, values: Iterable[int]) -> None:
+        vars(instance)[self._name] = array(self._typecode, values)
+
+
+@dataclass
 class Example:
     """A conversation as token ids.
 
+    Held in 5 bytes a token, where Python's lists take 36: `ids` and `supervised` are copies, made
+    at each access, so a loop takes them once.
+
     Attributes:
         supervised: whether predicting token i counts in the loss.
-        origin: where the row stands, ``file:line``, to name it by.
+        origin: where the row is from, ``file:line``, to name it by.
         part: which example of its row it is, from 0.
     """
 
-    ids: list[int]
-    supervised: list[bool]
+    ids: _Packed = _Packed("i")
+    supervised: _Packed = _Packed("b")
     origin: str = ""
     part: int = 0
 
+    @property
+    def targets(self) -> int:
+        """How many tokens are supervised."""
+        return sum(vars(self)["supervised"])
+
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(vars(self)["ids"])
 
 
 class RenderError(UserError):
@@ -70,11 +104,16 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: str | None = None, system_prompt: str | None = None
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        system_prompt: str | None = None,
+        strict: bool = True,
     ) -> None:
         """Take the tokenizer's own template unless one is given; prove it on a small conversation.
 
-        A model without any template can still be trained on raw text (`text`).
+        Without any template there is still raw text (`text`); with `strict` false also where the
+        proof fails, and then the first conversation raises the error.
 
         Raises:
             UserError: a template whose ids cannot be reproduced or masked.
@@ -82,18 +121,25 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template or _own_template(tokenizer)
         self.system_prompt = system_prompt
-        self._control = {
-            token.content: index
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control = {token.content: index for index, token in special.items()}
+        # Some take the white space before or after them in.
+        self._strips = {t.content: (t.lstrip, t.rstrip) for t in special.values()}
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._frame = lru_cache(maxsize=256)(self._frame_uncached)
+        self._backend: Any = None
+        self._find_out_the_tokenizer()
         self._probe_ids: list[int] = []
         self.end_of_turn: int | None = tokenizer.eos_token_id
+        self._fault: UserError | None = None  # why no conversation can be rendered
         if self.template is not None:
-            self._prove()
+            try:
+                self._prove()
+            except UserError as error:
+                if strict:
+                    raise
+                self._fault = error
         self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id} - {None})
 
     def _prove(self) -> None:
@@ -145,15 +191,15 @@ class Renderer:
         starts = {}
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self._apply(messages[:index], generation_prompt=True)
-                if not text.startswith(prompt) or spans[index][0] < len(prompt):
+                start = self._answer_start(messages, index, text, spans)
+                if start is None or spans[index][0] < start:
                     raise RenderError(
                         f"message {index + 1}: the template writes the prompt before this answer "
                         "in another way "
                         "than it does in a chat"
                     )
                 counts = index - added not in untrained
-                starts[len(prompt)] = spans[index][1] if counts else UNTRAINED
+                starts[start] = spans[index][1] if counts else UNTRAINED
         return self._encode(text, spans, starts)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -164,11 +210,12 @@ class Renderer:
         """
         messages = self._with_system(messages)
         text = self._apply(messages, generation_prompt=True)
-        spans = self._content_spans(messages, text)
+        spans = self._content_spans(messages, text, generation_prompt=True)
         starts = {
-            len(self._apply(messages[:index], generation_prompt=True)): spans[index][1]
+            start: spans[index][1]
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
+            and (start := self._answer_start(messages, index, text, spans)) is not None
         }
         return self._encode(text, spans, starts).ids
 
@@ -179,7 +226,7 @@ class Renderer:
     def text(self, text: str) -> Example:
         """Plain text without a template, all supervised; the tokenizer's end token ends it."""
         # With the tokenizer's own beginning (BOS), which models that have one were trained with.
-        ids = self.tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+        ids = self._ids(text, add_special_tokens=True)
         if not ids or ids[-1] != self.tokenizer.eos_token_id:
             ids = [*ids, self.tokenizer.eos_token_id]
         # The first token has nothing before it from which it could be predicted.
@@ -230,6 +277,8 @@ class Renderer:
                 "rendered. Take an instruct model, or give the template: "
                 "model.chat_template: FILE.jinja"
             )
+        if self._fault:
+            raise self._fault
         try:
             with bounded.time_limit():
                 text = self._official(messages, generation_prompt)
@@ -292,7 +341,9 @@ class Renderer:
             frame.append(before)
         return [*frame, rest]
 
-    def _content_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    def _content_spans(
+        self, messages: Sequence[Message], text: str, generation_prompt: bool = False
+    ) -> list[tuple[int, int]]:
         """Character range of each message's content in the rendered text.
 
         The frame is rebuilt around the contents (as they are, or stripped as some templates do)
@@ -302,10 +353,9 @@ class Renderer:
             if message["role"] not in ROLES:
                 raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
         roles = tuple(message["role"] for message in messages)
-        for generation_prompt in (False, True):
-            spans = self._fits(self._frame(roles, generation_prompt), messages, text)
-            if spans is not None:
-                return spans
+        spans = self._fits(self._frame(roles, generation_prompt), messages, text)
+        if spans is not None:
+            return spans
         raise RenderError(
             "the template alters the text of a message, so it cannot be told from the template's "
             "own"
@@ -330,49 +380,132 @@ class Renderer:
                 return None
         return spans if position == len(text) else None
 
-    def _encode(self, text: str, spans: list[tuple[int, int]], starts: dict[int, int]) -> Example:
-        """Encode rendered text; `starts` maps where an answer begins to where its content ends."""
-        # Control tokens: only matches that lie wholly in the template's own text.
-        tokens = []
+    def _answer_start(
+        self, messages: Sequence[Message], index: int, text: str, spans: list[tuple[int, int]]
+    ) -> int | None:
+        """Where in `text` the prompt of the answer `messages[index]` ends; None if `text` begins otherwise."""
+        before = messages[:index]
+        # A prompt that is rendered must fit its frame (`_content_spans`), and contents that no
+        # strip changes fit it in one way only: so this is the prompt, at a tenth of the price.
+        if all(message["content"] == message["content"].strip() for message in before):
+            try:
+                frame = self._frame(tuple(message["role"] for message in before), True)
+            except RenderError:
+                pass
+            else:
+                position = len(frame[0])
+                if text.startswith(frame[0]):
+                    for (begin, end), after in zip(spans[:index], frame[1:], strict=True):
+                        if begin != position or not text.startswith(after, end):
+                            break
+                        position = end + len(after)
+                    else:
+                        return position
+        prompt = self._apply(before, generation_prompt=True)
+        return len(prompt) if text.startswith(prompt) else None
+
+    def _control_tokens(
+        self, text: str, spans: list[tuple[int, int]]
+    ) -> list[tuple[int, int, int]]:
+        """Begin, end and id of each control token that lies wholly in the template's own text.
+
+        With the white space that it takes in, as some do, which can be of a message.
+        """
+        found = []
         position = 0
         for begin, end in [*spans, (len(text), len(text))]:
-            tokens += [
-                (m.start(), m.end()) for m in self._control_pattern.finditer(text, position, begin)
-            ]
+            for match in self._control_pattern.finditer(text, position, begin):
+                left, right = self._strips[match[0]]
+                start, stop = match.span()
+                if left:
+                    start = len(text[:start].rstrip(SPACE))
+                if right:
+                    stop = len(text) - len(text[stop:].lstrip(SPACE))
+                found.append((start, stop, self._control[match[0]]))
             position = end
+        return found
+
+    def _encode(self, text: str, spans: list[tuple[int, int]], starts: dict[int, int]) -> Example:
+        """Encode rendered text; `starts` maps where an answer begins to where its content ends."""
         ids: list[int] = []
-        supervised: list[bool] = []
-
-        def add(new: list[int], counts: bool) -> None:
-            ids.extend(new)
-            supervised.extend([counts] * len(new))
-
+        supervised = bytearray()
         position, content_end, answering = 0, 0, False
-        cuts = sorted({start: (start, start) for start in starts}.values())
-        for begin, end in sorted([*tokens, *cuts, (len(text), len(text))]):
-            add(self._plain(text[position:begin]), answering)
-            if end > begin:
-                add([self._control[text[begin:end]]], answering)
-                if answering and begin >= content_end:
+        encode = self._begins
+        cuts = [(start, start, -1) for start in starts]
+        end_of_text = (len(text), len(text), -1)
+        for begin, end, control in sorted(
+            [*self._control_tokens(text, spans), *cuts, end_of_text], key=lambda cut: cut[:2]
+        ):
+            if begin > position:
+                new = encode(text[position:begin])
+                ids += new
+                supervised += bytes([answering]) * len(new)
+                encode = self._continues
+            if control >= 0:
+                ids.append(control)
+                supervised.append(answering)
+                if end > content_end:
                     answering = False
+                encode = self._follows
             elif begin in starts:
                 content_end, answering = starts[begin], starts[begin] != UNTRAINED
-            position = end
+            position = max(position, end)
         if answering:
             raise RenderError(
                 "the template does not end an answer with a special token, so it could never stop"
             )
-        # The first token has nothing before it from which it could be predicted.
-        return Example(ids, [False, *supervised[1:]])
+        if supervised:
+            supervised[0] = False  # nothing is before it from which it could be predicted
+        return Example(ids, supervised)
 
-    def _plain(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
-        if not text:
-            return []
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
-        return ids
+    # --- text in which nothing is a control token: where a text begins, after a control token,
+    # --- and after other text
+
+    def _find_out_the_tokenizer(self) -> None:
+        """Choose how stretches are encoded, by what the tokenizer itself does with a few."""
+        probe = "One, two? Three:\n\n  4"
+        # Its own call does more than the library's beneath it only to serve other purposes.
+        expected = self._ids(probe)
+        self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self._backend is not None and self._ids(probe) != expected:
+            self._backend = None
+        plain, guarded = _remembering(self._ids), _remembering(self._guarded)
+        self._begins = plain
+        alone = self._ids("a")
+        divisible = self._ids("\na") == [*self._ids("\n"), *alone]
+        self._continues = plain if divisible else guarded
+        end = self.tokenizer.eos_token or ""
+        after = self.tokenizer(f"{end}a", add_special_tokens=False, verbose=False).input_ids
+        self._follows = plain if divisible or after[-len(alone) :] == alone else guarded
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a text by itself."""
+        if self._backend is None:
+            encoded = self.tokenizer(
+                text,
+                add_special_tokens=add_special_tokens,
+                split_special_tokens=True,
+                verbose=False,
+            )
+            ids: list[int] = encoded.input_ids
+            return ids
+        self._backend.encode_special_tokens = True  # the tokenizer's own calls switch it
+        (made,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(made.ids)
+
+    def _guarded(self, text: str) -> list[int]:
+        """Ids of a text that goes on another: encoded after a guard, whose own ids are left out."""
+        for guard in ("\n", "\ue000", "."):
+            ids, own = self._ids(guard + text), self._ids(guard)
+            if ids[: len(own)] == own:
+                return ids[len(own) :]
+        raise RenderError("the tokenizer encodes no text as the continuation of another")
+
+
+def _remembering(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """`encode`, once for each short text: a template and labels have few, and long texts differ."""
+    remembered = lru_cache(maxsize=4096)(encode)
+    return lambda text: remembered(text) if len(text) <= REMEMBERED else encode(text)
 
 
 def _own_template(tokenizer: Any) -> str | None:

@@ -360,9 +360,6 @@ def encode(
     report = Report(split, table.source, table.format, rows, drawn=table.drawn, dropped=dropped)
     overlength = settings.overlength or ("split" if table.format == "text" else "truncate")
     most = settings.max_length
-    # One object for equal ids, and one list for equal masks: a fifth of the memory.
-    known_ids: dict[int, int] = {}
-    known_masks: dict[bytes, list[bool]] = {}
     if table.labels:
         check_labels(renderer, table.labels)
     report.duplicates, report.contradictions = repeats(table.rows)
@@ -388,19 +385,18 @@ def encode(
                 report.divided.append(row.line)
             else:
                 parts = [truncate(example, most)]
-                report.lost += length - len(parts[0]) * any(parts[0].supervised)
-                if any(parts[0].supervised):
+                report.lost += length - len(parts[0]) * bool(parts[0].targets)
+                if parts[0].targets:
                     report.truncated.append(row.line)
-        if not any(any(part.supervised) for part in parts):
+        if not any(part.targets for part in parts):
             report.drop(f"no supervised token within max_length {most}", row.line)
             continue
         for number, part in enumerate(parts):
-            ids = list(map(known_ids.setdefault, part.ids, part.ids))
-            mask = known_masks.setdefault(bytes(part.supervised), part.supervised)
-            examples.append(Example(ids, mask, f"{table.source}:{row.line}", number))
-            report.tokens += len(ids)
-            report.supervised += sum(part.supervised)
-            report.longest = max(report.longest, len(ids))
+            part.origin, part.part = f"{table.source}:{row.line}", number
+            examples.append(part)
+            report.tokens += len(part)
+            report.supervised += part.targets
+            report.longest = max(report.longest, len(part))
         report.kept += 1
         report.examples += len(parts)
         if row.label is not None:
@@ -448,7 +444,7 @@ def truncate(example: Example, max_length: int) -> Example:
     Cut inside an answer, the answer's own end token takes the last place. Cut elsewhere, or where
     nothing of the answer but its end token would fit, all after the last whole answer goes.
     """
-    ids, supervised = list(example.ids), list(example.supervised)
+    ids, supervised = example.ids, example.supervised
     if supervised[max_length - 1] and supervised[max_length - 2]:
         end = max_length - 1
         while end + 1 < len(ids) and supervised[end + 1]:
@@ -546,10 +542,10 @@ def overlap(train: Table, other: Table, name: str) -> str | None:
 
 def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """The example's text in stretches, each with whether it is supervised: to show to a person."""
-    start = 0
-    for at in range(1, len(example) + 1):
-        if at == len(example) or example.supervised[at] != example.supervised[start]:
-            yield tokenizer.decode(example.ids[start:at]), example.supervised[start]
+    start, ids, supervised = 0, example.ids, example.supervised
+    for at in range(1, len(ids) + 1):
+        if at == len(ids) or supervised[at] != supervised[start]:
+            yield tokenizer.decode(ids[start:at]), bool(supervised[start])
             start = at
 
 

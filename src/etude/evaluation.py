@@ -292,12 +292,13 @@ def label_log_likelihoods(
 
 def last_answer(example: Example) -> Example:
     """The same ids with only the last supervised stretch supervised."""
-    start = len(example) - 1
-    while not example.supervised[start]:
+    supervised = example.supervised
+    start = len(supervised) - 1
+    while not supervised[start]:
         start -= 1
-    while example.supervised[start - 1]:
+    while supervised[start - 1]:
         start -= 1
-    return Example(example.ids, [yes and at >= start for at, yes in enumerate(example.supervised)])
+    return Example(example.ids, [yes and at >= start for at, yes in enumerate(supervised)])
 
 
 # What may stand around a label that is all of a response; signs are not among them.
@@ -396,7 +397,7 @@ def measure_responses(
     for example, loss in zip(examples, losses, strict=True):
         if example.part == 0:
             rows.append([])
-        rows[-1].append((loss, sum(example.supervised)))
+        rows[-1].append((loss, example.targets))
     losses = [sum(loss for loss, _ in row) for row in rows]
     tokens = [sum(count for _, count in row) for row in rows]
     result: dict[str, Any] = {
@@ -570,13 +571,14 @@ def single(model: Any, target: runs.Target, text: str) -> None:
             renderer.render([*prompt, {"role": "assistant", "content": response.text}])
         )
         if not response.finished:  # the end token is the template's, not the model's
-            last = len(answer) - 1 - answer.supervised[::-1].index(True)
-            answer.supervised[last] = False
+            supervised = answer.supervised
+            supervised[len(supervised) - 1 - supervised[::-1].index(True)] = False
+            answer = Example(answer.ids, supervised)
         # What the template writes after an answer can reach beyond the window that the answer filled.
         end = window_of(model.config) or len(answer)
         answer = Example(answer.ids[:end], answer.supervised[:end], "--text")
         (loss,) = sequence_losses(model, [answer], settings, "perplexity")
-        figures = mean_and_perplexity(loss, sum(answer.supervised))
+        figures = mean_and_perplexity(loss, answer.targets)
         value = report.perplexity(figures)
         terminal.say("perplexity", f"{value} of the response under the model itself")
 

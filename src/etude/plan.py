@@ -422,7 +422,7 @@ def _alternatives(
             split: [data.truncate(e, half) if len(e) > half else e for e in part]
             for split, part in examples.items()
         }
-        cut = {split: [e for e in part if any(e.supervised)] for split, part in cut.items()}
+        cut = {split: [e for e in part if e.targets] for split, part in cut.items()}
         if cut["train"]:
             yield f"dataset.max_length={half}", changed("dataset", max_length=half), cut
     if settings.lora.r > 8:

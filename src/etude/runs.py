@@ -216,7 +216,8 @@ def renderer_for(base: models.Base | models.Outline, config: Config) -> Renderer
             raise UserError(
                 f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"
             ) from None
-    return Renderer(base.tokenizer, template, config.dataset.system_prompt)
+    # Raw text needs no template, so a bad one is an error of the first conversation.
+    return Renderer(base.tokenizer, template, config.dataset.system_prompt, strict=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

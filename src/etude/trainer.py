@@ -172,7 +172,7 @@ class StepTrainer(Trainer):
         """
         model.train()
         examples: list[Example] = inputs["examples"]
-        supervised = self._sum(sum(sum(example.supervised) for example in examples))
+        supervised = self._sum(sum(example.targets for example in examples))
         own, self._cutter = batching.fitting(
             self._cutter,
             len(examples),
@@ -255,7 +255,7 @@ class StepTrainer(Trainer):
             spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._recent)
             if self.step_loss - median > SPIKE * max(spread, 0.01 * abs(median)):
                 means = [
-                    (float(total) / sum(example.supervised), example.origin)
+                    (float(total) / example.targets, example.origin)
                     for total, example in zip(own, examples, strict=True)
                 ]
                 means = [item for own in ranks.gather(means) for item in own]
