@@ -136,7 +136,7 @@ def program():
         twc = train_with_config
         patch.setattr(twc, "read_tables", lambda _: {"train": table})
         patch.setattr(twc, "choose_device", lambda _: base.device)
-        patch.setattr(models, "outline", lambda *_: SimpleNamespace(tokenizer=None))
+        patch.setattr(models, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
         patch.setattr(runs, "renderer_for", lambda *_: SimpleNamespace(state=dict))
         patch.setattr(runs, "environment", lambda: {"libraries": {"etude": "1"}})
         patch.setattr(twc, "encode", lambda *_: ({}, {}))

@@ -233,7 +233,7 @@ def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path
     folder, _ = run
     manifest = json.loads((folder / "manifest.json").read_text())
     for change, words in (
-        ({"base": {"identity": "sha256:0"}}, "trained on another base"),
+        ({"base": {**manifest["base"], "identity": "sha256:0"}}, "trained on another base"),
         ({"chat_format": {**manifest["chat_format"], "template": "x"}}, "chat format differs"),
         ({"chat_format": {**manifest["chat_format"], "system_prompt": "x"}}, "chat format differs"),
     ):
