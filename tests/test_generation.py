@@ -7,6 +7,7 @@ import torch
 
 from etude import runs
 from etude.config import Generation
+from etude.conversation import Renderer
 from etude.errors import UserError
 from etude.generation import _Finite, _Streamer, generate
 
@@ -79,13 +80,10 @@ def test_the_stream_is_the_text(tiny):
 
 
 def test_no_piece_of_a_stream_ends_inside_a_character(sample_tokenizer):
-    class Renderer:
-        tokenizer = sample_tokenizer
-
     ids = sample_tokenizer("naïve 🙂 日本語", add_special_tokens=False).input_ids
     assert len(ids) > 8  # the emoji alone is several tokens of bytes
     pieces = []
-    streamer = _Streamer(Renderer, pieces.append)
+    streamer = _Streamer(Renderer(sample_tokenizer), pieces.append)
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in ids:
         streamer.put(torch.tensor([token]))

@@ -1,5 +1,6 @@
 """Foreign code that must end, such as a chat template: tried in a child process, then kept on a timer."""
 
+import gc
 import os
 import signal
 import threading
@@ -31,7 +32,8 @@ def why_unbounded(action: Callable[[], object]) -> str | None:
     with warnings.catch_warnings():
         # Python 3.12 warns of other threads' locks; the child takes none of theirs.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child.start()
+        with _no_collection():  # in the child, too: it would walk and copy all that is here
+            child.start()
     child.join(20 * SECONDS)
     if child.is_alive():
         child.kill()
@@ -80,9 +82,22 @@ def time_limit() -> Iterator[None]:
         raise TooLong
 
     before = signal.signal(signal.SIGVTALRM, strike)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    with _no_collection():
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection in the block: in a large process one takes longer than `SECONDS`."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        if enabled:
+            gc.enable()

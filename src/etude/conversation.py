@@ -14,11 +14,13 @@ mark before a text, and not before its later stretches. A stretch is also cut wh
 begins, because there the model starts to write and no token may straddle the two.
 """
 
+import datetime
 import hashlib
+import itertools
 import json
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypedDict
@@ -99,6 +101,7 @@ class Renderer:
     Attributes:
         template: the Jinja text in use.
         system_prompt: put before conversations that have no system message, or None.
+        date: the day that a template which asks for it writes; None for the clock's own.
         end_of_turn: id of the control token that ends an answer.
         stop_ids: ids at which generation ends: `end_of_turn` and the tokenizer's own end token.
     """
@@ -109,6 +112,7 @@ class Renderer:
         template: str | None = None,
         system_prompt: str | None = None,
         strict: bool = True,
+        date: datetime.date | None = None,
     ) -> None:
         """Take the tokenizer's own template unless one is given; prove it on a small conversation.
 
@@ -121,6 +125,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template or _own_template(tokenizer)
         self.system_prompt = system_prompt
+        self.date = date if "strftime_now" in (self.template or "") else None
+        self._jinja = self.template
+        if self.template and self.date:
+            self._jinja = _dated(self.template, self.date)
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = {token.content: index for index, token in special.items()}
         # Some take the white space before or after them in.
@@ -131,6 +139,10 @@ class Renderer:
         self._backend: Any = None
         self._find_out_the_tokenizer()
         self._probe_ids: list[int] = []
+        # What the template writes around an answer: ids up to the last control token before it,
+        # then text; text after it.
+        self._opening: tuple[list[int], str] = ([], "")
+        self._closing = ""
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self._fault: UserError | None = None  # why no conversation can be rendered
         if self.template is not None:
@@ -164,7 +176,7 @@ class Renderer:
                 "model.chat_template: FILE.jinja"
             ) from None
         official = self.tokenizer.apply_chat_template(
-            self._with_system(probe), chat_template=self.template, return_dict=False
+            self._with_system(probe), chat_template=self._jinja, return_dict=False
         )
         if example.ids != official:
             raise UserError(
@@ -175,6 +187,50 @@ class Renderer:
         self._probe_ids = example.ids
         last = max(index for index, counts in enumerate(example.supervised) if counts)
         self.end_of_turn = example.ids[last]
+        self._note_surroundings(tuple(m["role"] for m in self._with_system(probe)), example)
+
+    def _note_surroundings(self, roles: tuple[str, ...], example: Example) -> None:
+        """Keep what the template writes between the generation prompt, an answer and its end token."""
+        *_, before, after = self._frame(roles, False)
+        opening = before.removeprefix(self._frame(roles[:-1], True)[-1])
+        controls = list(self._control_pattern.finditer(opening))
+        backwards = example.supervised[::-1]
+        ids = example.ids[-backwards.index(False, backwards.index(True)) :]
+        marks = [at for at, token in enumerate(ids, 1) if token in self._control.values()]
+        if controls:
+            opening = opening[controls[-1].end() :]
+        self._opening = (ids[: marks[len(controls) - 1]] if controls else [], opening.strip())
+        self._closing = self._control_pattern.split(after, maxsplit=1)[0].strip()
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of a response, without what the template itself writes around an answer.
+
+        Some templates open every answer with more than the generation prompt, such as an empty
+        block of thoughts or the name of a channel, and a model trained with them writes it. Rendering
+        adds it again. Of a response that does not begin with it nothing is taken off; of one that is
+        still being written, what may become it is held back.
+        """
+        ids = list(ids)
+        finished = bool(ids) and ids[-1] in self.stop_ids
+        whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        head, tail = self._opening
+        if not finished and len(ids) < len(head) and head[: len(ids)] == ids:
+            return ""
+        text = whole
+        if ids[: len(head)] == head:
+            inner = str(self.tokenizer.decode(ids[len(head) :], skip_special_tokens=True))
+            begun = inner.lstrip()
+            if begun.startswith(tail):
+                text = begun[len(tail) :] if tail else inner
+            elif not finished and tail.startswith(begun):
+                return ""
+        written = text.rstrip()
+        for size in range(len(self._closing), 0, -1):
+            if written.endswith(self._closing[:size]):
+                return written[:-size]
+            if finished:
+                break
+        return text
 
     def render(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> Example:
         """Turn a conversation into ids, with every assistant turn and its end token supervised.
@@ -238,9 +294,10 @@ class Renderer:
             "template": self.template,
             "system_prompt": self.system_prompt,
             "stop_tokens": self.tokenizer.convert_ids_to_tokens(self.stop_ids),
-            # A template that writes today's date gives other ids tomorrow, which is no mismatch.
+            "date": self.date.isoformat() if self.date else None,
+            # Where no date was fixed, one that writes it gives other ids tomorrow: no mismatch.
             "probe_sha256": None
-            if "strftime_now" in (self.template or "")
+            if "strftime_now" in (self.template or "") and self.date is None
             else hashlib.sha256(json.dumps(self._probe_ids).encode()).hexdigest(),
         }
 
@@ -305,7 +362,7 @@ class Renderer:
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=self.template,
+                chat_template=self._jinja,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
@@ -348,12 +405,14 @@ class Renderer:
 
         The frame is rebuilt around the contents (as they are, or stripped as some templates do)
         and must give the rendered text again, so content that imitates the template shifts nothing.
+        In a prompt, the template may keep only the last part of an earlier answer: those of
+        reasoning models drop the thoughts.
         """
         for message in messages:
             if message["role"] not in ROLES:
                 raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
         roles = tuple(message["role"] for message in messages)
-        spans = self._fits(self._frame(roles, generation_prompt), messages, text)
+        spans = self._fits(self._frame(roles, generation_prompt), messages, text, generation_prompt)
         if spans is not None:
             return spans
         raise RenderError(
@@ -363,7 +422,7 @@ class Renderer:
 
     @staticmethod
     def _fits(
-        frame: list[str], messages: Sequence[Message], text: str
+        frame: list[str], messages: Sequence[Message], text: str, history: bool
     ) -> list[tuple[int, int]] | None:
         position = len(frame[0])
         if not text.startswith(frame[0]):
@@ -371,7 +430,10 @@ class Renderer:
         spans = []
         for message, after in zip(messages, frame[1:], strict=True):
             content = message["content"]
-            for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+            forms: Iterable[str] = (content, content.strip(), content.lstrip(), content.rstrip())
+            if history and message["role"] == "assistant":
+                forms = itertools.chain(forms, _endings(content.rstrip(), text, position))
+            for form in forms:
                 if text.startswith(form + after, position):
                     spans.append((position, position + len(form)))
                     position += len(form) + len(after)
@@ -513,3 +575,26 @@ def _own_template(tokenizer: Any) -> str | None:
         return str(tokenizer.get_chat_template())
     except ValueError:  # it has none
         return None
+
+
+def _endings(content: str, text: str, position: int) -> Iterator[str]:
+    """The proper endings of `content` that stand in `text` at `position`, the longest first."""
+    for start in range(1, len(content) + 1):
+        # The first characters first: most endings go without being copied.
+        if text.startswith(content[start : start + 16], position):
+            yield content[start:]
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """`template` with its `strftime_now` writing `date`, at midnight, in place of the clock.
+
+    transformers passes no functions from outside into a template, so this is a macro before it. Its
+    line ends with a newline that Jinja takes off (trim_blocks).
+    """
+    codes = sorted(set(re.findall(r"%-?[A-Za-z]", template)))
+    moment = datetime.datetime.combine(date, datetime.time())
+    written = "format | replace('%%', '\ue002')" + "".join(
+        f" | replace({code!r}, {json.dumps(moment.strftime(code))})" for code in codes
+    )
+    body = f"{{{{- {written} | replace('\ue002', '%') -}}}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"

@@ -567,9 +567,13 @@ def single(model: Any, target: runs.Target, text: str) -> None:
     shares = ", ".join(f"{name} {share:.2f}" for name, share in judgement["shares"].items())
     terminal.say("quality", f"{judgement['label']} ({judgement['score']:.2f}: {shares})")
     if response.text:
-        answer = last_answer(
-            renderer.render([*prompt, {"role": "assistant", "content": response.text}])
-        )
+        try:
+            answer = last_answer(
+                renderer.render([*prompt, {"role": "assistant", "content": response.text}])
+            )
+        except RenderError as error:  # thoughts of a reasoning model, say
+            terminal.say("perplexity", f"not measured: {error}")
+            return
         if not response.finished:  # the end token is the template's, not the model's
             supervised = answer.supervised
             supervised[len(supervised) - 1 - supervised[::-1].index(True)] = False

@@ -93,6 +93,17 @@ def usual_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def check_files(folder: Path, where: str) -> None:
+    """Refuse a folder with a pipe or a device in it, at which a reader would wait for ever.
+
+    Raises:
+        UserError: which, after `where`.
+    """
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise UserError(f"{where}{path.name} is neither a file nor a folder; remove it")
+
+
 def check_model(folder: Path, name: str) -> None:
     """Refuse a model folder that would hang, grow or lead elsewhere when transformers reads it.
 
@@ -103,9 +114,7 @@ def check_model(folder: Path, name: str) -> None:
         UserError: what is wrong and in which file.
     """
     where = f"model.name {name}: "
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() and not path.is_dir():
-            raise UserError(f"{where}{path.name} is neither a file nor a folder; remove it")
+    check_files(folder, where)
     shapes = _shapes(sorted(folder.glob("*.safetensors")), where)
     widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
     try:

@@ -15,7 +15,7 @@ class Response:
     """What a model wrote.
 
     Attributes:
-        text: without control tokens, stripped.
+        text: without control tokens and what the template writes around an answer, stripped.
         tokens: how many were generated, the end token included.
         finished: whether the model ended by itself, not at the token limit or by an interrupt.
         interrupted: whether Ctrl-C cut it short.
@@ -98,7 +98,7 @@ def generate(
 def _response(renderer: Renderer, ids: list[int], interrupted: bool) -> Response:
     end = next((at for at, token in enumerate(ids) if token in renderer.stop_ids), None)
     used = ids if end is None else ids[: end + 1]
-    text = renderer.tokenizer.decode(used, skip_special_tokens=True).strip()
+    text = renderer.answer_text(used).strip()
     return Response(text, len(used), end is not None, interrupted)
 
 
@@ -141,13 +141,13 @@ class _Streamer:
             self._prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        text = self._renderer.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self._renderer.answer_text(self.ids)
         if not text.endswith("\ufffd"):
             self._send(text)
 
     def end(self) -> None:
         """Receive the end of the response."""
-        self._send(self._renderer.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._send(self._renderer.answer_text(self.ids))
 
     def _send(self, text: str) -> None:
         if len(text) > self._sent:

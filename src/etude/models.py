@@ -105,7 +105,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
 def _outline(
     name: str, folder: Path | None, revision: str | None, file: Path | None = None
 ) -> Outline:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if revision and (folder or file):
         raise UserError(
@@ -120,20 +120,56 @@ def _outline(
     elif folder is None:
         options["revision"] = revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
-        if reason:
-            raise ValueError(f"its tokenizer {reason}")
+        tokenizer = _tokenizer(source, options)
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise _explain(name, folder, revision, error) from None
+    _check_ends(tokenizer, f"model.name {name}")
+    return Outline(name, config, tokenizer, source, options, folder)
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    reason = bounded.why_unbounded(lambda: tokenizer("a" * 64 + "! Some words, 1234 of them."))
+    if reason:
+        raise ValueError(f"its tokenizer {reason}")
+    return tokenizer
+
+
+def _check_ends(tokenizer: Any, where: str) -> None:
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.name {name}: its tokenizer has no end token, so no answer could end"
-        )
+        raise UserError(f"{where}: its tokenizer has no end token, so no answer could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Outline(name, config, tokenizer, source, options, folder)
+
+
+def own_tokenizer(folder: Path, base: Base) -> Any | None:
+    """The tokenizer that an adapter's folder brings along for `base`; None if it has none.
+
+    Raises:
+        UserError: it cannot be read, or has more tokens than `base`.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    foreign.check_files(folder, f"{folder}: ")
+    try:
+        tokenizer = _tokenizer(str(folder), {"trust_remote_code": False, "local_files_only": True})
+    except Exception as error:  # transformers raises whatever its many loaders stumble over
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read: {first_line(error):.300}. Copy the adapter again, or "
+            "remove its tokenizer files to use the base's"
+        ) from None
+    _check_ends(tokenizer, str(folder))
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{folder}: its tokenizer has {len(tokenizer):,} tokens, and the base {base.name} embeds "
+            f"{rows:,}: it was trained with added tokens and resized embeddings, which Etude does not "
+            "do. Merge it with PEFT (merge_and_unload) and give the merged folder as model.name"
+        )
+    return tokenizer
 
 
 def load(

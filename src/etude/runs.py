@@ -1,6 +1,7 @@
 """A run is a folder: config.yml, adapter, manifest.json, metrics.jsonl, plots. This file opens and writes it."""
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import importlib.metadata
@@ -24,6 +25,8 @@ from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError, command
 
+log = logging.getLogger(__name__)
+
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "train.log", "checkpoints"
 CARD, PICTURE, PROOF = "README.md", "loss.png", "proof.json"
@@ -40,6 +43,7 @@ LINES = {
 }
 MADE_BY = {"program": "etude"}  # in the files by which a run and its lock are known
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+TEMPLATE = "chat_template.jinja"  # beside the adapter, as transformers writes it
 TEMPLATE_LIMIT = 2**20  # bytes
 LIBRARIES = (
     "etude",
@@ -169,10 +173,15 @@ def open_target(name: str, overrides: list[str]) -> Target:
     config = open_config(name, overrides)
     folder = foreign.expanded(name)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    base, renderer = _load(config)
+    base = _load(config)
     adapter = folder if lora.is_adapter(folder) else None
+    template = None
     if adapter:
         lora.check_base(adapter, base.identity)
+        if not (folder / CONFIG).is_file():  # made elsewhere; Etude's own runs have the base's
+            base, template = _with_its_own(base, folder)
+    run = adapter and (folder / CONFIG).is_file()
+    renderer = renderer_for(base, config, recorded_date(folder) if run else today(), template)
     if manifest:
         check_base(name, manifest, base)
         renderer.check_state(manifest["chat_format"], name)
@@ -193,31 +202,88 @@ def check_base(name: str, manifest: dict[str, Any], base: models.Base) -> None:
         )
 
 
-def _load(config: Config) -> tuple[models.Base, Renderer]:
+def _with_its_own(base: models.Base, folder: Path) -> tuple[models.Base, str | None]:
+    """`base` with the tokenizer in an adapter's `folder`, and the chat template there, if any."""
+    tokenizer = models.own_tokenizer(folder, base)
+    template = None
+    if tokenizer:
+        base = dataclasses.replace(base, tokenizer=tokenizer)
+    elif (folder / TEMPLATE).is_file():
+        template = _read_template(folder / TEMPLATE, str(folder))
+    kept = [
+        *(["tokenizer"] if tokenizer else []),
+        *(["chat template"] if template or (tokenizer and tokenizer.chat_template) else []),
+    ]
+    if kept:
+        log.info("%s: its own %s in use, not the base's", folder, " and ".join(kept))
+    return base, template
+
+
+def today() -> datetime.date:
+    """The day that a template which asks for it writes, where no run has fixed it."""
+    return datetime.date.today()
+
+
+def recorded_date(folder: Path) -> datetime.date | None:
+    """The day that a run was begun with, for templates that write it; None if it has none.
+
+    Raises:
+        UserError: what stands there is no date.
+    """
+    if (folder / MANIFEST).is_file():
+        return date_of(read_manifest(folder)["chat_format"], folder / MANIFEST)
+    if (folder / STARTED).is_file():
+        return date_of(read_json(folder / STARTED), folder / STARTED)
+    return None
+
+
+def date_of(facts: dict[str, Any], where: Path) -> datetime.date | None:
+    """The date in a manifest's chat_format or in started.json.
+
+    Raises:
+        UserError: what stands there is no date.
+    """
+    written = facts.get("date")
+    try:
+        return None if written is None else datetime.date.fromisoformat(written)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{where}: date: {written!r:.40} is no date; the run is damaged, train it again"
+        ) from None
+
+
+def _load(config: Config) -> models.Base:
     place = device.choose(config.model.dtype, config.training.use_cpu)
     # An int8 base is made for training; a 4-bit one where there is no room for another.
     quantization = "nf4" if config.model.quantization == "nf4" else None
-    base = models.load(config.model.name, place, config.model.revision, quantization)
-    return base, renderer_for(base, config)
+    return models.load(config.model.name, place, config.model.revision, quantization)
 
 
-def renderer_for(base: models.Base | models.Outline, config: Config) -> Renderer:
-    """The renderer of a base under a config.
+def renderer_for(
+    base: models.Base | models.Outline,
+    config: Config,
+    date: datetime.date | None = None,
+    template: str | None = None,
+) -> Renderer:
+    """The renderer of a base under a config; `date` is for templates that write one.
+
+    `template` is used where the config names no file.
 
     Raises:
         UserError: a template file that cannot be read, or a template that cannot be used.
     """
-    template = None
     if config.model.chat_template:
-        try:
-            file = foreign.expanded(config.model.chat_template)
-            template = foreign.read_text(file, TEMPLATE_LIMIT)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"model.chat_template: {config.model.chat_template}: cannot be read: {error}"
-            ) from None
+        file = foreign.expanded(config.model.chat_template)
+        template = _read_template(file, f"model.chat_template: {config.model.chat_template}")
     # Raw text needs no template, so a bad one is an error of the first conversation.
-    return Renderer(base.tokenizer, template, config.dataset.system_prompt, strict=False)
+    return Renderer(base.tokenizer, template, config.dataset.system_prompt, False, date)
+
+
+def _read_template(file: Path, where: str) -> str:
+    try:
+        return foreign.read_text(file, TEMPLATE_LIMIT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -126,7 +126,11 @@ def _train_in(
     terminal.quiet_transformers()
     # Whether it fits is known from the model's shape, before its weights are loaded.
     outline = models.outline(settings.model.name, settings.model.revision)
-    renderer = runs.renderer_for(outline, settings)
+    # For a template that writes it: a run that goes on, or is repeated, has the day it began with.
+    date = runs.recorded_date(folder) if checkpoint else runs.today()
+    if again:
+        date = runs.date_of(again["chat_format"], Path("the run to repeat")) or date
+    renderer = runs.renderer_for(outline, settings, date)
     examples, reports = encode(tables, renderer, settings, models.window(outline.config))
     show_data(examples, reports, outline.tokenizer)
     planned, _ = make_plan(settings, outline, place, examples, force)
@@ -154,7 +158,7 @@ def _train_in(
 
     settings = resolved(settings, tables["train"], base)
     if ranks.FIRST:
-        start_folder(folder, checkpoint, settings, tables, base, force)
+        start_folder(folder, checkpoint, settings, tables, base, force, renderer.date)
         terminal.log_to(folder / runs.LOG)
     results = fit(model, settings, place, examples, folder, checkpoint)
     results["memory"] = {
@@ -349,6 +353,7 @@ def start_folder(
     tables: dict[str, data.Table],
     base: models.Base,
     force: bool,
+    date: datetime.date | None = None,
 ) -> None:
     """Note what the run starts from; on resume, hold that against what it started from.
 
@@ -382,7 +387,9 @@ def start_folder(
         step = checkpoints.step_of(checkpoint)
         lines = [line for line in report.read_metrics(metrics) if line["step"] <= step]
     files.clear(folder)
-    runs.begin(folder, {**facts, "environment": environment})
+    # The date that the template writes: of a resumed run, the one that it was begun with.
+    started = {**facts, "date": date and date.isoformat(), "environment": environment}
+    runs.begin(folder, started)
     # One that was edited and says the same stays as it is, its comments too.
     file = folder / runs.CONFIG
     if not file.exists() or configuration.load(file) != settings:
