@@ -17,7 +17,7 @@ from test_records import etude, rows, train, unproven  # noqa: F401
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from etude import bounded, evaluation, lora, models, runs, train_with_config
+from etude import bounded, evaluation, lora, models, runs, trainer
 from etude.chat import Talk
 from etude.config import Config, Generation
 from etude.conversation import Renderer
@@ -44,25 +44,25 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def speaking(tokenizer, template, special=()):
-    changed = copy.deepcopy(tokenizer)
-    changed.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    changed.bos_token = "<|im_start|>"
-    changed.chat_template = template
-    return changed
-
-
 def trl(name):
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
 @pytest.fixture(scope="module")
-def renderers(qwen_tokenizer):
+def tokenizer(qwen_tokenizer):
+    """Qwen's, with the control tokens of gpt-oss and Llama 3."""
+    changed = copy.deepcopy(qwen_tokenizer)
+    tokens = [AddedToken(text, special=True, normalized=False) for text in HARMONY + LLAMA]
+    changed.add_tokens(tokens)
+    changed.bos_token = "<|im_start|>"
+    return changed
+
+
+@pytest.fixture(scope="module")
+def renderers(tokenizer):
+    templates = {"qwen3": trl("qwen3"), "gptoss": trl("gptoss"), "closing": CLOSING}
     return {
-        "qwen3": Renderer(speaking(qwen_tokenizer, trl("qwen3"))),
-        "gptoss": Renderer(speaking(qwen_tokenizer, trl("gptoss"), HARMONY)),
-        "closing": Renderer(speaking(qwen_tokenizer, CLOSING)),
-        "chatml": Renderer(speaking(qwen_tokenizer, CHATML)),
+        name: Renderer(tokenizer, text) for name, text in (templates | {"chatml": CHATML}).items()
     }
 
 
@@ -85,7 +85,7 @@ def streamed(renderer, ids):
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "closing", "chatml"])
 @given(answer=st.text(st.characters(exclude_categories=["Cs", "Cc", "Co"]), max_size=20))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_what_rendering_adds_generation_takes_off(renderers, name, answer):
     renderer, answer = renderers[name], answer.strip()
     ids = written(renderer, [user("Fine?")], answer)
@@ -179,15 +179,12 @@ GRANITE = "  {{ strftime_now(format='%B %d, %Y 100%%') }}\n" + CHATML
 
 
 def dated(tokenizer, name, date):
-    if name == "granite":
-        return Renderer(speaking(tokenizer, GRANITE), date=date)
-    special = HARMONY if name == "gptoss" else LLAMA
-    return Renderer(speaking(tokenizer, trl(name), special), date=date)
+    return Renderer(tokenizer, GRANITE if name == "granite" else trl(name), date=date)
 
 
 @pytest.mark.parametrize(("name", "monday", "tuesday"), DATED)
-def test_a_date_is_fixed_and_is_part_of_the_format(qwen_tokenizer, name, monday, tuesday):
-    first, second = (dated(qwen_tokenizer, name, date) for date in (MONDAY, TUESDAY))
+def test_a_date_is_fixed_and_is_part_of_the_format(tokenizer, name, monday, tuesday):
+    first, second = (dated(tokenizer, name, date) for date in (MONDAY, TUESDAY))
     assert monday in first.written([user("x")])
     assert tuesday in second.written([user("x")])
     assert first.state()["date"] == "2026-01-05"
@@ -196,16 +193,16 @@ def test_a_date_is_fixed_and_is_part_of_the_format(qwen_tokenizer, name, monday,
     with pytest.raises(UserError, match="date: trained '2026-01-05', now '2026-01-06'"):
         second.check_state(first.state(), "runs/a")
     # Today's is what the template writes by itself.
-    today, clock = (dated(qwen_tokenizer, name, date) for date in (runs.today(), None))
+    today, clock = (dated(tokenizer, name, date) for date in (runs.today(), None))
     assert today.written([user("x")]) == clock.written([user("x")])
     # A run of before has no date, and opens as it did.
     clock.check_state({k: v for k, v in clock.state().items() if k != "date"}, "runs/a")
     assert clock.state()["probe_sha256"] is None
 
 
-def test_a_template_without_a_date_has_none(qwen_tokenizer):
-    monday = Renderer(speaking(qwen_tokenizer, CHATML), date=MONDAY)
-    assert monday.state() == Renderer(speaking(qwen_tokenizer, CHATML)).state()
+def test_a_template_without_a_date_has_none(tokenizer):
+    monday = Renderer(tokenizer, CHATML, date=MONDAY)
+    assert monday.state() == Renderer(tokenizer, CHATML).state()
     assert monday.state()["date"] is None
 
 
@@ -215,19 +212,21 @@ def test_a_run_keeps_the_date_it_began_with(tiny_model, rows, tmp_path, monkeypa
         "{{ '<|im_start|>system\n' + strftime_now('%A') + '<|im_end|>\n' }}" + CHATML
     )
     monkeypatch.setattr(runs, "today", lambda: MONDAY)
-    kept = train_with_config.lora.save
+    original = trainer.StepTrainer.training_step
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(train_with_config.lora, "save", stop)
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", step)
     said = [f"output.dir={run}", f"model.chat_template={template}", "training.save_steps=1"]
     assert train(tiny_model, rows, *said).exit_code == 130
     assert runs.recorded_date(run) == MONDAY
-    monkeypatch.setattr(train_with_config.lora, "save", kept)
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", original)
     monkeypatch.setattr(runs, "today", lambda: TUESDAY)
     again = train(tiny_model, rows, *said)
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 0 and "\nresume " in again.output, again.output
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["chat_format"]["date"] == "2026-01-05"
     opened = runs.open_target(str(run), [])

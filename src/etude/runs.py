@@ -25,8 +25,6 @@ from etude.config import Config
 from etude.conversation import Renderer
 from etude.errors import UserError, command
 
-log = logging.getLogger(__name__)
-
 CONFIG, STARTED, MANIFEST = "config.yml", "started.json", "manifest.json"
 METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "train.log", "checkpoints"
 CARD, PICTURE, PROOF = "README.md", "loss.png", "proof.json"
