@@ -231,7 +231,9 @@ def test_a_run_keeps_the_date_it_began_with(tiny_model, rows, tmp_path, monkeypa
     assert manifest["chat_format"]["date"] == "2026-01-05"
     opened = runs.open_target(str(run), [])
     assert "Monday" in opened.renderer.written([user("x")])
-    assert "Tuesday" in runs.renderer_for(opened.base, opened.config, runs.today()).written([user("x")])
+    assert "Tuesday" in runs.renderer_for(opened.base, opened.config, runs.today()).written(
+        [user("x")]
+    )
     repeated = etude("reproduce", run)
     assert repeated.exit_code == 0, repeated.output
     assert runs.recorded_date(tmp_path / "run-reproduced") == MONDAY
