@@ -209,7 +209,7 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     base = models.Base(None, sample_tokenizer, "./x", "sha256:0", place)
     renderer = Renderer(sample_tokenizer)
     tables = train_with_config.read_tables(config)
-    _, reports = train_with_config.encode(tables, renderer, config)
+    _, reports = train_with_config.encode(tables, renderer, config, None)
     results = {"steps": 1, "eval_loss": 1.0, "seconds": 1.0}
     manifest = train_with_config.make_manifest(
         config, base, renderer.state(), reports, tables, results
@@ -223,7 +223,8 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
 def readers(finished, monkeypatch):
     """Programs of this folder, up to where they would load or train."""
     _, base, renderer, _, _ = finished
-    monkeypatch.setattr(runs, "_load", lambda config: (base, renderer))
+    monkeypatch.setattr(runs, "_load", lambda config: base)
+    monkeypatch.setattr(runs, "renderer_for", lambda *_: renderer)
     monkeypatch.setattr(proof, "mean_loss", lambda *_: 1.0)
 
     def examine(name, target, expected, examples):
