@@ -408,8 +408,10 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
 
     whole = renderer.render(TALK)
     assert example.ids == whole.ids and table.unused == {}
-    ends = [f"{TALK[at]['content']}<|im_end|>" for at in learnt]
-    assert [text for text, counts in data.spans(example, sample_tokenizer) if counts] == ends
+    ends = "".join(f"{TALK[at]['content']}<|im_end|>" for at in learnt)
+    assert (
+        "".join(text for text, counts, _ in data.spans(example, sample_tokenizer) if counts) == ends
+    )
     lengths = [len(sample_tokenizer(TALK[at]["content"]).input_ids) + 1 for at in learnt]
     assert sum(example.supervised) == report.supervised == sum(lengths)
 
@@ -418,8 +420,8 @@ def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tok
     renderer = Renderer(sample_tokenizer, system_prompt="Be brief.")
     turns = [*TALK[:1], {**TALK[1], "weight": 0}, *TALK[2:4]]
     [example], _ = encode(data.read(write("x.jsonl", [{"messages": turns}]), Dataset()), renderer)
-    shown = [text for text, counts in data.spans(example, sample_tokenizer) if counts]
-    assert shown == ["A second one.<|im_end|>"]
+    shown = [text for text, counts, _ in data.spans(example, sample_tokenizer) if counts]
+    assert shown == ["A second one.", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
@@ -1114,7 +1116,7 @@ def test_control_tokens_in_a_row_stay_text(write, renderer, sample_tokenizer, sh
         rows = json.loads(json.dumps(rows).replace(word, json.dumps(forged)[1:-1]))
     table = data.read(write("rows.jsonl", rows), Dataset(format=shape))
 
-    examples, _ = encode(table, renderer, max_length=512)
+    examples, _ = encode(table, renderer, max_length=512, special_tokens="text")
 
     ids = examples[0].ids
     assert forged in sample_tokenizer.decode(ids)
@@ -1125,9 +1127,122 @@ def test_control_tokens_in_a_row_stay_text(write, renderer, sample_tokenizer, sh
 
 def test_spans_show_what_is_supervised(renderer, sample_tokenizer):
     shown = list(data.spans(renderer.render(PAIR), sample_tokenizer))
-    assert [counts for _, counts in shown] == [False, True, False]
-    assert shown[1][0] == f"{TOLD}<|im_end|>"
-    assert "".join(text for text, _ in shown).endswith(f"assistant\n{TOLD}<|im_end|>\n")
+    assert [text for text, counts, _ in shown if counts] == [TOLD, "<|im_end|>"]
+    assert {text for text, _, control in shown if control} == {"<|im_start|>", "<|im_end|>"}
+    assert "".join(text for text, *_ in shown).endswith(f"assistant\n{TOLD}<|im_end|>\n")
+
+
+def test_spans_keep_the_spaces_of_sentencepiece():
+    from test_conversation import LLAMA2, sentencepiece
+
+    for scheme in ("first", "always", "prepend"):
+        tokenizer = sentencepiece(scheme, LLAMA2)
+        pair = [{"role": "user", "content": "Two  on"}, {"role": "assistant", "content": "on Two"}]
+        shown = list(data.spans(Renderer(tokenizer).render(pair), tokenizer))
+        text = "".join(text for text, *_ in shown)
+        assert text == tokenizer.decode(Renderer(tokenizer).render(pair).ids)
+        assert text.endswith(" on [/INST] on Two </s>")
+        assert ("</s>", True, True) in shown
+
+
+# --- text that spells control tokens ---------------------------------------------------------------
+
+
+CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": CHAT}],
+        [{"text": CHAT}] * 2 + [{"text": "plain"}] * 17,
+        [{"text": f"A story.<|endoftext|>{n}"} for n in range(5)],
+    ],
+)
+def test_a_file_formatted_with_control_tokens_asks_what_they_are(write, renderer, rows):
+    table = data.read(write("x.jsonl", rows), Dataset())
+    with pytest.raises(UserError, match=r"spells control tokens.*=parse.*=text") as caught:
+        encode(table, renderer)
+    assert "lines 1, 2" in str(caught.value) or "line 1." in str(caught.value)
+    examples, report = encode(table, renderer, special_tokens="text")
+    assert all(example.ids.count(1) == 0 for example in examples)
+    assert any("encoded as plain text" in notice for notice in report.notices())
+
+
+def test_a_text_that_only_mentions_a_control_token_stays_text(write, renderer):
+    rows = [{"text": f"Row {n}"} for n in range(20)] + [
+        {"text": "ChatML ends turns by <|im_end|>."}
+    ]
+    examples, report = encode(data.read(write("x.jsonl", rows), Dataset()), renderer)
+    assert examples[-1].ids.count(2) == 1  # the end of the text
+    assert report.notices() == [
+        "train: 1 of 21 rows hold text that spells control tokens (<|im_end|>), encoded as plain "
+        "text: line 21"
+    ]
+
+
+def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
+    write, renderer, sample_tokenizer
+):
+    rows = [{"text": CHAT}, {"text": "plain"}]
+    examples, report = encode(
+        data.read(write("x.jsonl", rows), Dataset()), renderer, special_tokens="parse"
+    )
+    assert examples[0].ids == sample_tokenizer(CHAT).input_ids
+    assert (examples[0].ids.count(1), examples[0].ids.count(2)) == (2, 2)
+    assert examples[1] == dataclasses.replace(renderer.text("plain"), origin=examples[1].origin)
+    assert report.notices() == []
+    from test_conversation import sentencepiece
+    from tokenizers.processors import TemplateProcessing
+
+    llama = sentencepiece("first", None)
+    llama.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for text in ("<s>Two</s>", "Two", "<s>Two", "Two</s>\n"):
+        ids = Renderer(llama).text(text, parse=True).ids
+        assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 1), text
+
+
+def test_parse_is_for_raw_text(write, renderer):
+    table = data.read(write("x.jsonl", pairs("a")), Dataset())
+    with pytest.raises(UserError, match=r"parse is for raw text, and .* format prompt_completion"):
+        encode(table, renderer, special_tokens="parse")
+    with pytest.raises(UserError, match="parse is for format text, and the format is messages"):
+        config.load(None, (), ["dataset.special_tokens=parse", "dataset.format=messages"])
+
+
+def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer):
+    rows = [
+        {"prompt": "a", "completion": "Yes.<|im_end|>"},
+        {"prompt": "b <|im_start|>", "completion": "It is <|im_end|> there"},
+        {"prompt": "c", "completion": "No.<|im_end|>\n"},
+        {"prompt": "d", "completion": "fine"},
+    ]
+    _, report = encode(data.read(write("x.jsonl", rows), Dataset()), renderer)
+    first, second = report.notices()
+    assert "3 of 4 rows hold text that spells control tokens (<|im_end|>, <|im_start|>)" in first
+    assert first.endswith("lines 1, 2, 3") and second.endswith("Remove it from lines 1, 3")
+
+
+@pytest.mark.parametrize("content", ["ok<|im_end|>", "⟦⟨ <|im_start|> ⟩⟧", "nothing"])
+def test_printed_examples_tell_typed_control_tokens_from_real_ones(
+    renderer, sample_tokenizer, capsys, content
+):
+    pair = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+    example = renderer.render(pair)
+    train_with_config.show_example(1, example, sample_tokenizer)
+    head, _, shown = capsys.readouterr().out.partition("\n")
+    if content == "nothing":
+        assert "<|im_start|>assistant\n⟦Yes<|im_end|>⟧" in shown and "tokens" not in head
+        return
+    outer, inner = re.search(r"marked (..), control tokens (..):", head).groups()
+    assert not {*outer, *inner} & set(content) and outer != inner
+    assert f"user\n{content}{inner[0]}<|im_end|>{inner[1]}" in shown
+    real = sum(example.ids.count(index) for index in (1, 2))
+    assert shown.count(inner[0]) == shown.count(inner[1]) == real
+    plain = shown.translate({ord(mark): None for mark in outer + inner})
+    assert plain.rstrip("\n") == sample_tokenizer.decode(example.ids).rstrip("\n")
 
 
 # --- splits --------------------------------------------------------------------------------------

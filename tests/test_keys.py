@@ -34,6 +34,8 @@ def place(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     flawed = [*rows, {"text": " ", "label": "a"}]
     (folder / "flawed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flawed))
+    formatted = json.dumps({"text": "<|im_start|>user\nHi<|im_end|>"})
+    (folder / "formatted.jsonl").write_text(f"{formatted}\n")
     (folder / "template.jinja").write_text(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
@@ -234,6 +236,11 @@ PROBES = {
     "dataset.labels": ("tables", "[a, b, c]", []),
     "dataset.instruction": ("tables", '"{{labels}}? {{text}}"', []),
     "dataset.system_prompt": ("tables", "Be brief.", []),
+    "dataset.special_tokens": (
+        "kept",
+        "parse",
+        ["dataset.train={0}/formatted.jsonl", "dataset.format=text"],
+    ),
     "dataset.max_length": ("tables", "60", []),
     "dataset.overlength": ("tables", "drop", ["dataset.max_length=15", "dataset.format=text"]),
     "dataset.max_rows": ("tables", "5", []),

@@ -133,6 +133,11 @@ class Dataset(Section):
     system_prompt: str | None = Field(
         None, description="put before conversations that have none; null leaves it to the template"
     )
+    special_tokens: Literal["text", "parse"] | None = Field(
+        None,
+        description="text | parse | null: raw text that spells control tokens stays text or becomes "
+        "them; null asks where many rows do",
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens an example may have")
     overlength: Literal["truncate", "drop", "split"] | None = Field(
         None,
@@ -388,6 +393,12 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
                 ["dataset.instruction"],
                 f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}",
             )
+    if dataset.special_tokens == "parse" and dataset.format not in ("auto", "text"):
+        yield (
+            ["dataset.special_tokens", "dataset.format"],
+            f"parse is for format text, and the format is {dataset.format}, whose control tokens the "
+            "chat template writes; set special_tokens: text",
+        )
     if dataset.labels and len(set(dataset.labels)) < len(dataset.labels):
         yield (
             ["dataset.labels"],

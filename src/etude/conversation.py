@@ -279,12 +279,26 @@ class Renderer:
         """What the template makes of a conversation, as text."""
         return self._apply(self._with_system(messages))
 
-    def text(self, text: str) -> Example:
-        """Plain text without a template, all supervised; the tokenizer's end token ends it."""
+    def spelled(self, text: str) -> set[str]:
+        """The control tokens that a text spells."""
+        return {match[0] for match in self._control_pattern.finditer(text)}
+
+    def text(self, text: str, parse: bool = False) -> Example:
+        """Plain text without a template, all supervised; the tokenizer's end token ends it.
+
+        With `parse`, what spells a control token becomes it; a beginning or end that the text has
+        itself is not added again.
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         # With the tokenizer's own beginning (BOS), which models that have one were trained with.
-        ids = self._ids(text, add_special_tokens=True)
-        if not ids or ids[-1] != self.tokenizer.eos_token_id:
-            ids = [*ids, self.tokenizer.eos_token_id]
+        if parse:
+            ids = self.tokenizer(text, split_special_tokens=False, verbose=False).input_ids
+            ids = ids[1:] if ids[:2] == [bos, bos] else ids
+            ended = text.rstrip().endswith(self.tokenizer.eos_token)
+        else:
+            ids, ended = self._ids(text, add_special_tokens=True), False
+        if not (ended or ids[-1:] == [eos]):
+            ids = [*ids, eos]
         # The first token has nothing before it from which it could be predicted.
         return Example(ids, [False] + [True] * (len(ids) - 1))
 

@@ -24,6 +24,8 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
 }
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "function_response")
+# Where raw text is about such tokens, few rows hold them; in a formatted file all or most do.
+FREQUENT = 0.1
 LINES_SHOWN = 10
 TEXT_LIMIT = (
     10**6
@@ -99,6 +101,9 @@ class Report:
     Attributes:
         contradictions: (line, earlier line) of rows with one text and two labels.
         labels: rows kept of each class.
+        spelling: rows whose text spells control tokens, which stay text.
+        spelled: which tokens.
+        spelled_ends: rows with an answer that ends with a typed end token.
         few: classes with one row kept, or none: how many.
         examples: rows kept, and more where long ones were split.
         lost: tokens of rows that were truncated, or dropped for their length.
@@ -123,6 +128,10 @@ class Report:
     labels: dict[str, int] = field(default_factory=dict)
     few: dict[str, int] = field(default_factory=dict)
 
+    spelling: list[int] = field(default_factory=list)
+    spelled: list[str] = field(default_factory=list)
+    spelled_ends: list[int] = field(default_factory=list)
+
     def drop(self, reason: str, line: int) -> None:
         """Count a row that is not used."""
         self.dropped.setdefault(reason, []).append(line)
@@ -138,6 +147,18 @@ class Report:
             )
             if lines
         ]
+        if self.spelling:
+            found.append(
+                f"{self.split}: {len(self.spelling)} of {self.rows} rows hold text that spells "
+                f"control tokens ({_names(self.spelled)}), encoded as plain text: "
+                f"{_lines(self.spelling)}"
+            )
+        if self.spelled_ends:
+            found.append(
+                f"{self.split}: {len(self.spelled_ends)} of {self.rows} rows have an answer that "
+                "ends with a typed end token: the model would learn to write it as text, and show "
+                f"it. Remove it from {_lines(self.spelled_ends)}"
+            )
         if self.lost:
             share = self.lost / (self.lost + self.tokens)
             found.append(f"{self.split}: {self.lost:,} tokens lost beyond max_length ({share:.1%})")
@@ -362,6 +383,14 @@ def encode(
     most = settings.max_length
     if table.labels:
         check_labels(renderer, table.labels)
+    parse = settings.special_tokens == "parse"
+    if parse and table.format != "text":
+        raise UserError(
+            f"dataset.special_tokens: parse is for raw text, and {table.source} has format "
+            f"{table.format}, whose control tokens the chat template writes. Set it to text"
+        )
+    if not parse:
+        find_spelled(table, renderer, settings, report)
     report.duplicates, report.contradictions = repeats(table.rows)
     examples: list[Example] = []
     different: set[tuple[str, str]] = set()
@@ -369,7 +398,9 @@ def encode(
         messages = conversation(row, table.labels, settings)
         try:
             example = (
-                renderer.render(messages, row.untrained) if messages else renderer.text(row.text)
+                renderer.render(messages, row.untrained)
+                if messages
+                else renderer.text(row.text, parse)
             )
         except RenderError as error:
             report.drop(str(error), row.line)
@@ -419,6 +450,38 @@ def encode(
         advice += room_of_labels(renderer, table.labels or [], settings, window)
         raise beyond_window(list(beyond.items()), window, advice)
     return examples, report
+
+
+def find_spelled(table: Table, renderer: Renderer, settings: Dataset, report: Report) -> None:
+    """Note the rows whose text spells control tokens, and answers that end with an end token.
+
+    Raises:
+        UserError: many rows of raw text do, and `dataset.special_tokens` is not set.
+    """
+    names: set[str] = set()
+    ends = tuple(renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids))
+    for row in table.rows:
+        texts = [row.text, *(message["content"] for message in row.messages)]
+        found = set().union(*map(renderer.spelled, texts))
+        if not found:
+            continue
+        names |= found
+        report.spelling.append(row.line)
+        if any(
+            message["role"] == "assistant" and message["content"].rstrip().endswith(ends)
+            for message in row.messages
+        ):
+            report.spelled_ends.append(row.line)
+    report.spelled = sorted(names)
+    many = len(report.spelling) >= FREQUENT * len(table.rows)
+    if report.spelling and many and table.format == "text" and settings.special_tokens is None:
+        raise UserError(
+            f"{table.source}: {len(report.spelling)} of {len(table.rows)} rows hold text that spells "
+            f"control tokens of the tokenizer ({_names(report.spelled)}): "
+            f"{_lines(report.spelling)}. If the file is formatted with them, set "
+            "dataset.special_tokens=parse, and they become the tokens; if it is text about them, "
+            "dataset.special_tokens=text"
+        )
 
 
 def pieces(example: Example, max_length: int, bos: int | None) -> list[Example]:
@@ -540,13 +603,22 @@ def overlap(train: Table, other: Table, name: str) -> str | None:
     return "; ".join(found) or None
 
 
-def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The example's text in stretches, each with whether it is supervised: to show to a person."""
-    start, ids, supervised = 0, example.ids, example.supervised
+def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool, bool]]:
+    """The example's text in stretches, each with whether it is supervised, and a control token."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = example.ids
+    kinds = [
+        (bool(counts), index in special)
+        for index, counts in zip(ids, example.supervised, strict=True)
+    ]
+    start, before = 0, ""
     for at in range(1, len(ids) + 1):
-        if at == len(ids) or supervised[at] != supervised[start]:
-            yield tokenizer.decode(ids[start:at]), bool(supervised[start])
-            start = at
+        if at == len(ids) or kinds[at] != kinds[start] or kinds[at][1]:
+            # As a continuation: by itself, a stretch of SentencePiece loses the space before it.
+            whole = tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)
+            joined = whole.startswith(before)
+            yield whole[len(before) :] if joined else tokenizer.decode(ids[start:at]), *kinds[start]
+            start, before = at, whole
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -623,6 +695,10 @@ def _labels(
     return labels, notices[:LINES_SHOWN] + [f"labels: ... and {more} more such notices"] * (
         more > 0
     )
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:LINES_SHOWN]) + ", ..." * (len(names) > LINES_SHOWN)
 
 
 def _lines(lines: Sequence[int]) -> str:

@@ -56,6 +56,7 @@ Presets = Annotated[
 
 # About so many tokens of the training rows show the int8 base how large its inputs get.
 CALIBRATION = 2048
+BRACKETS = ("⟦⟧", "⟪⟫", "⦃⦄", "⦅⦆", "⟨⟩")  # around supervised text and control tokens in examples
 RESOLVED = ("dataset.labels", "model.revision")
 # The sections that decide what is learnt; a resumed training must have the same.
 TRAINED_BY = ("model", "lora", "dataset", "training")
@@ -484,8 +485,6 @@ def show_data(
     tokenizer: Any,
 ) -> None:
     """Print the fate of all rows, and two examples as the model sees them."""
-    from rich.text import Text
-
     for item in reports.values():
         drawn = f", drawn: {item.drawn}" * bool(item.drawn)
         terminal.say("data", f"{item.split}: {item.source} (format {item.format}{drawn})")
@@ -499,14 +498,38 @@ def show_data(
         for notice in item.notices():
             terminal.notice(notice)
     for number, example in enumerate(examples["train"][:2], 1):
-        terminal.say("example", f"{number}, the supervised part marked:")
-        for text, supervised in data.spans(example, tokenizer):
-            # Where there is no colour, brackets mark it.
-            plain = supervised and not terminal.out.is_terminal
-            style = "green underline" if supervised else "dim"
-            shown = terminal.printable(f"⟦{text}⟧" if plain else text)
-            terminal.out.print(Text(shown, style=style), end="")
-        terminal.out.print()
+        show_example(number, example, tokenizer)
+
+
+def show_example(number: int, example: Example, tokenizer: Any) -> None:
+    """Print an example with its supervised part and its control tokens marked.
+
+    Where there is no colour, brackets mark them; control tokens only if its text spells some.
+    """
+    from rich.text import Text
+
+    stretches = list(data.spans(example, tokenizer))
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    typed = "\0".join(text for text, _, control in stretches if not control)
+    mark = any(token in typed for token in special)
+    coloured = terminal.out.is_terminal and terminal.out.color_system is not None
+    whole = "".join(text for text, _, _ in stretches)
+    # Brackets that the text does not hold, so that they cannot be its own.
+    pairs = [pair for pair in BRACKETS if not set(pair) & set(whole)] or BRACKETS
+    outer, inner = pairs[0], pairs[-1]
+    tokens = ", control tokens too" if coloured else f" {outer}, control tokens {inner}"
+    terminal.say("example", f"{number}, the supervised part marked{tokens if mark else ''}:")
+    inside = False
+    for text, supervised, control in [*stretches, ("", False, False)]:
+        style = "green underline" if supervised else "dim"
+        if control and coloured:
+            style = "bold " + style.replace("dim", "cyan")
+        if not coloured:
+            text = f"{inner[0]}{text}{inner[1]}" if control and mark else text
+            text = outer[inside] + text if supervised != inside else text
+        inside = supervised
+        terminal.out.print(Text(terminal.printable(text), style=style), end="")
+    terminal.out.print()
 
 
 def resolved(settings: Config, table: data.Table, base: models.Base) -> Config:
