@@ -445,7 +445,7 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
 
 
 def encode(
-    tables: dict[str, data.Table], renderer: Renderer, settings: Config, window: int | None
+    tables: dict[str, data.Table], renderer: Renderer, settings: Config, window: int | None = None
 ) -> tuple[dict[str, list[Example]], dict[str, data.Report]]:
     """The examples of every split, and what became of its rows."""
     examples, reports = {}, {}
