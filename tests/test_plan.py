@@ -59,7 +59,7 @@ def prepared(tiny_model, files):
         outline = models.outline(settings.model.name)
         renderer = runs.renderer_for(outline, settings)
         tables = train_with_config.read_tables(settings)
-        return settings, outline, train_with_config.encode(tables, renderer, settings)[0]
+        return settings, outline, train_with_config.encode(tables, renderer, settings, None)[0]
 
     return prepare
 
@@ -215,7 +215,10 @@ def test_nf4_and_bf16_are_counted(prepared, tiny_model):
     assert half.adapter == plain.adapter  # float32 all the same
     assert half.loading == plain.base  # the file's pages, until they are converted
     # The proof opens what was trained on: the 4-bit base, read from the same file.
-    assert plain.proof - small.proof == pytest.approx(plain.base - small.base, rel=0.2)
+    # Beside the libraries, which are as large as this process happens to be.
+    proofs = [found.proof - found.libraries for found in (plain, small)]
+    assert proofs[0] - plain.base - plain.adapter == plain.validation
+    assert proofs[1] == small.base + max(small.loading, small.adapter + small.validation)
     assert small.loading == plain.base and plain.loading == 0
     on_int8 = planned(prepared, "model.quantization=int8")
     assert on_int8.proof >= on_int8.libraries + plain.base  # used on the float base

@@ -206,7 +206,8 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (folder / lora.ADAPTER_CONFIG).write_text(json.dumps(described))
     place = types.SimpleNamespace(why="cpu")
-    base = models.Base(None, sample_tokenizer, "./x", "sha256:0", place)
+    model = types.SimpleNamespace(config=None)
+    base = models.Base(model, sample_tokenizer, "./x", "sha256:0", place)
     renderer = Renderer(sample_tokenizer)
     tables = train_with_config.read_tables(config)
     _, reports = train_with_config.encode(tables, renderer, config, None)
