@@ -342,3 +342,25 @@ def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_pa
     monkeypatch.setattr(models, "_convert", lambda _, work: (work / "model.safetensors").touch())
     made = models.from_gguf(file)
     assert sorted(folder.iterdir()) == sorted([alive, elsewhere, other, made])
+
+
+@pytest.mark.parametrize("code", [129, 130, 143])
+def test_the_command_keeps_the_exit_code_of_a_signal(code, monkeypatch):
+    """A program's Exit is raised while its KeyboardInterrupt is handled, and hides it."""
+    import typer
+
+    from etude import __main__, cli, terminal
+
+    @terminal.command
+    def program():
+        raise KeyboardInterrupt("stopped", code)
+
+    def stopped():
+        app = typer.Typer(add_completion=False)
+        app.command()(program)
+        app([])
+
+    monkeypatch.setattr(cli, "main", stopped)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == code

@@ -137,7 +137,7 @@ def program():
         patch.setattr(twc, "read_tables", lambda _: {"train": table})
         patch.setattr(twc, "choose_device", lambda _: base.device)
         patch.setattr(models, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
-        patch.setattr(runs, "renderer_for", lambda *_: SimpleNamespace(state=dict))
+        patch.setattr(runs, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
         patch.setattr(runs, "environment", lambda: {"libraries": {"etude": "1"}})
         patch.setattr(twc, "encode", lambda *_: ({}, {}))
         patch.setattr(twc, "show_data", lambda *_: None)

@@ -27,6 +27,7 @@ from etude import (
 )
 from etude import config as configuration
 from etude.errors import UserError
+from etude.files import sha256
 
 ROWS = [
     {"prompt": f"Question {n}: " + "why " * (n % 5), "completion": "Because " * (1 + n % 4) + "so."}
@@ -448,7 +449,7 @@ def test_a_checkpoint_of_another_shape_or_version(tiny_model, files, monkeypatch
             inner[path[-1]] = value
         file.write_text(json.dumps(whole))
         sums = json.loads((file.parent / checkpoints.SUMS).read_text())
-        sums[name] = checkpoints.sha256(file)
+        sums[name] = sha256(file)
         (file.parent / checkpoints.SUMS).write_text(json.dumps(sums))
         return fitted(settings, folder, resumed(folder))[1]
 

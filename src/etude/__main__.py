@@ -9,6 +9,8 @@ def main() -> None:
         from etude import cli
 
         cli.main()
+    except SystemExit:  # a program's own exit code
+        raise
     except BaseException as error:
         from etude.errors import causes
 

@@ -594,7 +594,10 @@ def single(model: Any, target: runs.Target, text: str) -> None:
 DECIDING = (
     *(f"model.{key}" for key in ("name", "revision", "dtype", "quantization", "chat_template")),
     *(f"dataset.{key}" for key in ("instruction", "system_prompt", "labels", "format", "columns")),
-    *(f"dataset.{key}" for key in ("max_length", "overlength")),
+    *(
+        f"dataset.{key}"
+        for key in ("max_length", "overlength", "special_tokens", "on_bad_row", "ignore")
+    ),
     "training.seed",
     "evaluation.",
     "generation.",
