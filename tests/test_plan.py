@@ -246,9 +246,9 @@ def test_off_its_ground_the_plan_warns(prepared, monkeypatch, caplog, change, mo
     arguments = (found, settings, outline, place, examples, 3)
     if ground:
         assert plan.check(*arguments) is False
-        assert f"only a warning, for {ground} the plan was never measured" in caplog.text
+        assert f"only a warning, because {ground} the plan was never measured" in caplog.text
     else:
-        with pytest.raises(UserError, match="`etude train` with --force"):
+        with pytest.raises(UserError, match="all the same: --force"):
             plan.check(*arguments)
         assert not caplog.text
     caplog.clear()

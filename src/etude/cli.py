@@ -103,6 +103,7 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option(help="folder of the second run; else RUN-reproduced")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="go on although memory is short")] = False,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
     terminal.start_log()
@@ -121,7 +122,7 @@ def reproduce(
     elsewhere = runs.environment_differences(manifest.get("environment", {}), runs.environment())
     for difference in elsewhere:
         terminal.notice(f"since the first training: {difference}")
-    train_with_config.run_training(settings, again=manifest)
+    train_with_config.run_training(settings, force=force, again=manifest)
     found = proof.compare_runs(folder, again)
     terminal.say("losses", found.losses)
     terminal.say("adapter", found.adapter)

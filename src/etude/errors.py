@@ -134,6 +134,6 @@ def command(*words: object) -> str:
 def _word(word: object) -> str:
     text = str(word)
     # A name that begins like an option, or like a setting (key=value), is given with its folder.
-    if isinstance(word, Path) and (text.startswith("-") or "=" in word.parts[0]):
+    if isinstance(word, Path) and (text.startswith("-") or "=" in "".join(word.parts[:1])):
         return os.path.join(os.curdir, text)
     return text

@@ -382,8 +382,8 @@ def check(
     )
     unsure = off_the_ground(plan, settings, place)
     if not force and not unsure:
-        raise UserError(f"{problem} To train all the same: `etude train` with --force")
-    why = "--force" if force else f"only a warning, for {unsure} the plan was never measured"
+        raise UserError(f"{problem} To train all the same: --force")
+    why = "--force" if force else f"only a warning, because {unsure} the plan was never measured"
     log.warning("%s: %s", why, problem)
     return False
 

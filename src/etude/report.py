@@ -263,9 +263,10 @@ def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], said: 
     head, rows = summary(result)
     source = result["data"]
     parts = [
-        f"# {result['target']}",
-        f"{source['drawn'] or _rows(source)} of `{source['source']}` (format {source['format']}, "
-        f"method {result['method']})" + (f"; base `{result['base']}`." if result["base"] else "."),
+        f"# {_line(result['target'])}",
+        f"{source['drawn'] or _rows(source)} of {_code(source['source'])} (format {source['format']}, "
+        f"method {result['method']})"
+        + (f"; base {_code(result['base'])}." if result["base"] else "."),
         "\n".join(
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in source["dropped"].items()
         ),

@@ -296,7 +296,6 @@ class StepTrainer(Trainer):
         (total, count), self._cutter = batching.fitting(
             self._cutter, len(share), losses, f"validation at step {self.state.global_step}: "
         )
-        model.train(was_training)
         # float64: the same sum on every process, and no rounding of what is compared later.
         sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
         loss = float(sums[0] / sums[1])
@@ -309,6 +308,7 @@ class StepTrainer(Trainer):
                 f"step {self.state.global_step}: the validation loss is {loss}{rows}, so the training "
                 f"was stopped. {models.broken_weights(model) or advice}"
             )
+        model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": loss}
         perplexity = measures.perplexity(loss, 1)
         if perplexity is not None:
