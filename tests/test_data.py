@@ -1169,6 +1169,23 @@ def test_a_file_formatted_with_control_tokens_asks_what_they_are(write, renderer
     assert any("encoded as plain text" in notice for notice in report.notices())
 
 
+def test_a_small_validation_cut_does_not_ask(write, renderer):
+    """Chance puts one of a file's few such rows among the few of the cut."""
+    rows = [{"text": "<|im_end|> ends a turn."}, *({"text": f"Row {n}"} for n in range(4))]
+    table = data.read(write("x.jsonl", rows), Dataset())
+    _, report = data.encode(table, renderer, Dataset(), "validation")
+    assert report.spelling == [1]
+    with pytest.raises(UserError, match="spells control tokens"):
+        data.encode(table, renderer, Dataset(), "train")
+
+
+def test_raw_text_beyond_the_window_needs_no_template_to_say_so(write, sample_tokenizer):
+    table = data.read(write("x.jsonl", [{"text": "word " * 40}]), Dataset())
+    bare = Renderer(sample_tokenizer, "{{ no_such() }}", strict=False)
+    with pytest.raises(UserError, match="too long for the model's window of 16 tokens"):
+        data.encode(table, bare, Dataset(), "train", window=16)
+
+
 def test_a_text_that_only_mentions_a_control_token_stays_text(write, renderer):
     rows = [{"text": f"Row {n}"} for n in range(20)] + [
         {"text": "ChatML ends turns by <|im_end|>."}

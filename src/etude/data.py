@@ -351,6 +351,8 @@ def beyond_window(rows: Sequence[tuple[str, int]], window: int, advice: str) -> 
 
 def room_of_labels(renderer: Renderer, labels: Sequence[str], settings: Dataset, most: int) -> str:
     """A sentence about labels that fill a good part of `most` tokens in every prompt; else empty."""
+    if not labels:
+        return ""
     with contextlib.suppress(RenderError):
         with_all, with_one = (
             len(renderer.prompt(instruct("?", some, settings))) for some in (labels, labels[:1])
@@ -473,7 +475,8 @@ def find_spelled(table: Table, renderer: Renderer, settings: Dataset, report: Re
         ):
             report.spelled_ends.append(row.line)
     report.spelled = sorted(names)
-    many = len(report.spelling) >= FREQUENT * len(table.rows)
+    # A small validation cut may hold many of them by chance.
+    many = report.split != "validation" and len(report.spelling) >= FREQUENT * len(table.rows)
     if report.spelling and many and table.format == "text" and settings.special_tokens is None:
         raise UserError(
             f"{table.source}: {len(report.spelling)} of {len(table.rows)} rows hold text that spells "

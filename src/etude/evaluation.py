@@ -386,7 +386,7 @@ def measure_responses(
     examples, fate = data.encode(whole, renderer, settings.dataset, "test", window)
     if fate.dropped:
         raise UserError(
-            f"{table.source}: rows that cannot be measured; mend them, leave them out or raise "
+            f"{table.source}: rows that cannot be measured; fix them, leave them out or raise "
             "dataset.max_length:\n  " + "\n  ".join(fate.notices())
         )
     for notice in fate.notices():

@@ -170,7 +170,7 @@ def overridden(result: dict[str, Any]) -> list[str]:
     if not changed:
         return []
     shown = "; ".join(
-        f"{key} {str(values['now'])!r:.80} (was {str(values['before'])!r:.80})"
+        f"{key} {scalar(values['now']):.80} (was {scalar(values['before']):.80})"
         for key, values in changed.items()
     )
     return [f"measured with other settings than the run's or the defaults: {shown}"]
