@@ -1504,3 +1504,16 @@ def test_hub_data_set_out_of_reach(write):
     message = refusal("stanfordnlp/imdb:test")
     assert "stanfordnlp/imdb:test: this Hub data set cannot be loaded" in message
     assert "Offline, give a file instead" in message
+
+
+def test_an_object_that_is_not_closed_is_reported_where_it_ends(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"\n{"text": "three"}\n')
+    with pytest.raises(UserError, match=r"x\.jsonl:2: .* at column 15"):
+        data.read(str(file), Dataset())
+
+
+def test_two_columns_that_say_what_is_trained_on_are_refused(write):
+    rows = [{"prompt": "p", "completion": "c", "weight": 1, "Weight ": 0}]
+    with pytest.raises(UserError, match=r"'weight', 'Weight ' have one name"):
+        data.read(write("x.jsonl", rows), Dataset())

@@ -316,6 +316,21 @@ def test_an_edited_configuration_is_not_replaced_by_another(training, tmp_path):
     assert (folder / runs.CONFIG).read_text() == edited
 
 
+def test_a_setting_edited_in_an_unfinished_runs_own_file_is_noticed(training, tmp_path):
+    folder = tmp_path / "run"
+    training.during = lambda folder: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(folder)
+    file = folder / runs.CONFIG
+    file.write_text(file.read_text().replace("learning_rate: 2e-4", "learning_rate: 1e-3"))
+    edited = configuration.load(file)
+    with pytest.raises(UserError, match=r"training.learning_rate 0.0002 \(now 0.001\)"):
+        train_with_config.run_training(edited)
+    with pytest.raises(ZeroDivisionError):  # with the settings it began with it goes on
+        file.write_text(file.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-4"))
+        train_with_config.run_training(configuration.load(file))
+
+
 def test_an_adapter_copied_with_its_configuration_is_no_run(training, tmp_path):
     train(tmp_path / "run")
     copy = tmp_path / "copy"

@@ -233,7 +233,7 @@ def readers(finished, monkeypatch):
         assert len(f"{expected['sha256']:.12}") <= 12
         return proof.compare_losses(name, model, target, expected, examples or [])
 
-    def run_training(settings, again):
+    def run_training(settings, again, force):
         train_with_config.check_data(again, train_with_config.read_tables(settings))
         runs.check_base("the run", again, base)
         raise UserError("as far as this")

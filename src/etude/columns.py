@@ -245,6 +245,12 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
         for column in present
         if plain(column) in ROW_FLAGS and column not in own.values()
     }
+    for name, columns in alike.items():
+        if len(columns) > 1 and columns[0] in flags:
+            raise UserError(
+                f"{source}: the columns {', '.join(map(repr, columns))} have one name but for case "
+                f"and white space, and say what is trained on; remove all but one {name!r}"
+            )
     refused = {}
     for column in present:
         if column not in own.values() and column not in flags:

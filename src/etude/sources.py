@@ -131,7 +131,8 @@ def _jsonl(lines: Iterator[str], source: str) -> list[RawRow]:
             return _json("\n" * blank + content + "".join(lines), source)
         else:
             try:
-                rows.append((line, _object(json.loads(content, object_pairs_hook=_once))))
+                written = content.rstrip()  # the parser counts a line end as the next line
+                rows.append((line, _object(json.loads(written, object_pairs_hook=_once))))
             except (ValueError, RecursionError) as error:
                 faults.append(f"{source}:{line}: {_json_fault(error)}")
     raise_faults(faults, "each line is one JSON object, {...}")

@@ -277,7 +277,14 @@ def open_folder(
             f"output.dir: {folder} holds a run that did not end. Go on with it: leave --no-resume out; or "
             f"start another: {other}"
         )
-    stored = configuration.load(folder / runs.CONFIG)
+    # As noted at the start, for config.yml may have been edited since.
+    facts = runs.started(folder) or {}
+    noted = facts.get("config")
+    stored = (
+        configuration.check(noted, {})
+        if isinstance(noted, dict)
+        else configuration.load(folder / runs.CONFIG)
+    )
     differing = {
         key: (configuration.value(stored, key), configuration.value(settings, key))
         for key in configuration.key_paths()
@@ -382,7 +389,7 @@ def start_folder(
             refuse_unless(
                 force,
                 f"since {folder} was started, these changed: {', '.join(differing)}. Bring them back, "
-                "start another run: output.dir=runs/NAME; or go on all the same: --force",
+                f"start another run: {runs.elsewhere(folder)}; or go on all the same: --force",
             )
         # What was logged after the checkpoint is about to happen again; a torn last line goes too.
         step = checkpoints.step_of(checkpoint)
@@ -390,7 +397,7 @@ def start_folder(
     files.clear(folder)
     # The date that the template writes: of a resumed run, the one that it was begun with.
     started = {**facts, "date": date and date.isoformat(), "environment": environment}
-    runs.begin(folder, started)
+    runs.begin(folder, started | {"config": settings.model_dump(mode="json")})
     # One that was edited and says the same stays as it is, its comments too.
     file = folder / runs.CONFIG
     if not file.exists() or configuration.load(file) != settings:
