@@ -325,23 +325,24 @@ def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_pa
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     child.wait()
     folder = tmp_path / "gguf"
-    gone, alive, elsewhere, other = (
+    gone, alive, elsewhere, numbered, other = (
         folder / name
         for name in (
             f"{models._maker(child.pid)}-abc",
             f"{models._maker(os.getppid())}-abc",
             ".unfinished-another.host-1-abc",
+            f"{models._maker(child.pid)}-1-abc",  # of a host whose name goes on with a number
             "model-0123456789abcdef",
         )
     )
-    for path in (gone, alive, elsewhere, other):
+    for path in (gone, alive, elsewhere, numbered, other):
         path.mkdir(parents=True)
         (path / "model.safetensors").write_text("half")
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(models, "_convert", lambda _, work: (work / "model.safetensors").touch())
     made = models.from_gguf(file)
-    assert sorted(folder.iterdir()) == sorted([alive, elsewhere, other, made])
+    assert sorted(folder.iterdir()) == sorted([alive, elsewhere, numbered, other, made])
 
 
 @pytest.mark.parametrize("code", [129, 130, 143])

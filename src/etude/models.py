@@ -445,8 +445,10 @@ def _maker(pid: int) -> str:
 def _clear(folder: Path) -> None:
     """Delete the unfinished conversions in `folder` whose process, on this machine, is gone."""
     for path in folder.glob(f"{glob.escape(_maker(0)[:-1])}*"):
-        pid = path.name.removeprefix(_maker(0)[:-1]).partition("-")[0]
-        if pid.isdecimal() and not _lives(int(pid)):
+        rest = path.name.removeprefix(_maker(0)[:-1])
+        # Whole, or "node-7" would be taken for a process of "node".
+        named = re.fullmatch(r"(\d+)-[^-]+", rest)
+        if named and not _lives(int(named[1])):
             log.info("Removed %s, which a conversion that was killed had left", path)
             shutil.rmtree(path, ignore_errors=True)
 
