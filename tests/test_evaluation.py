@@ -97,6 +97,13 @@ def test_parse_label(response, label):
         (["Bad", "good"], "bad!", "Bad"),
         # a label that is denied
         (["negative", "positive"], "not positive", None),
+        (["negative", "positive"], 'It is not "positive".', None),
+        (["negative", "positive"], "not **positive**", None),
+        (["negative", "positive"], "not (really) positive", None),
+        (["negative", "positive"], "No, positive.", "positive"),
+        (["negative", "positive"], "Not sure. Positive!", "positive"),
+        (["Bad", "bad"], "Bad badge", "Bad"),
+        (["Bad", "bad"], "BAD, a badge", None),
         (["negative", "positive"], "It isn't really positive.", None),
         (["negative", "positive"], "non-positive", None),
         (["negative", "positive"], "No, it is positive.", "positive"),

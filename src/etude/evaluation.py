@@ -303,10 +303,11 @@ def last_answer(example: Example) -> Example:
 
 # What may stand around a label that is all of a response; signs are not among them.
 WRAPPING = " \t.,:;!?\"'*`_()[]{}\u2018\u2019\u201c\u201d\u00ab\u00bb\u2026\u3002"
-# A word that turns what follows into its opposite, and up to three words between.
+# A word that turns what follows into its opposite, and up to three words between; quotes, stars and the
+# like may stand there too, but no end of a clause.
 NEGATED = re.compile(
-    r"(?:\b(?:not|never|nor|neither|cannot|non|nicht|kein\w*|pas)|n['\u2019]t)(?:\s+\w+){0,3}\s+$"
-    r"|\bno(?:\s+\w+)?\s+$"
+    r"(?:\b(?:not|never|nor|neither|cannot|non|nicht|kein\w*|pas)|n['\u2019]t)(?:[^\w.,;!?]+\w+){0,3}[^\w.,;!?]+$"
+    r"|\bno(?:[^\w.,;!?]+\w+)?[^\w.,;!?]+$"
 )
 
 
@@ -344,7 +345,7 @@ def parse_label(response: str, labels: Sequence[str]) -> str | None:
     if len(found) != 1:
         return None
     alike = spellings[found.pop()]
-    exact = [label for label in alike if label in text]
+    exact = [label for label in alike if _whole_word(label).search(text)]
     return alike[0] if len(alike) == 1 else exact[0] if len(exact) == 1 else None
 
 
@@ -611,7 +612,7 @@ def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
     """
     folder = expanded(name)
     before = configuration.Config().model_copy(update={"model": settings.model})
-    with contextlib.suppress(UserError):  # a run of another version, or faults that overrides mend
+    with contextlib.suppress(UserError):  # a run of another version, or faults that overrides fix
         if (folder / runs.MANIFEST).is_file():
             before = configuration.check(runs.read_manifest(folder, "config")["config"], {})
         else:
