@@ -1517,3 +1517,15 @@ def test_two_columns_that_say_what_is_trained_on_are_refused(write):
     rows = [{"prompt": "p", "completion": "c", "weight": 1, "Weight ": 0}]
     with pytest.raises(UserError, match=r"'weight', 'Weight ' have one name"):
         data.read(write("x.jsonl", rows), Dataset())
+
+
+@pytest.mark.parametrize("text", [json.dumps, lambda rows: json.dumps(rows, indent=1)])
+def test_bad_rows_of_one_line_count_each(tmp_path, text):
+    """A list can stand in a single line, so its rows share one."""
+    rows = [{"prompt": "p", "completion": answer} for answer in ("a", "", " ", "b")]
+    file = tmp_path / "x.json"
+    file.write_text(text(rows))
+    with pytest.raises(UserError, match="^2 rows cannot be used"):
+        data.read(str(file), Dataset())
+    table = data.read(str(file), Dataset(on_bad_row="skip"))
+    assert len(table.rows) == 2 and sum(map(len, table.dropped.values())) == 2

@@ -240,7 +240,7 @@ def read(source: str, settings: Dataset) -> Table:
         )
     _refuse_columns(source, found, raw, all_rows=settings.on_bad_row == "skip")
     rows: list[Row] = []
-    faults: dict[int, str] = {}
+    faults: list[tuple[int, str]] = []
     dropped: defaultdict[str, list[int]] = defaultdict(list)
     unused: Counter[str] = Counter()
     spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
@@ -270,7 +270,7 @@ def read(source: str, settings: Dataset) -> Table:
                 if row.label != str(fields["label"]):
                     spelled[str(fields["label"]), row.label].append(line)
         except ValueError as error:
-            faults[line] = str(error)
+            faults.append((line, str(error)))
             continue
         if not keep or (row.messages and row.answer < 0):
             dropped["weight 0 or train false: no answer to train on"].append(line)
@@ -281,11 +281,11 @@ def read(source: str, settings: Dataset) -> Table:
             unused.update(_unused_keys(values[found.own[FORMATS[form][0]]], *TURN_KEYS[form]))
     if settings.on_bad_row == "stop" or not rows:
         sources.raise_faults(
-            [f"{source}:{line}: {fault}" for line, fault in faults.items()],
+            [f"{source}:{line}: {fault}" for line, fault in faults],
             f"the format is {form}; see dataset.format and dataset.columns"
             + ("; dataset.on_bad_row: skip goes on without them" if rows else ""),
         )
-    for line, fault in faults.items():
+    for line, fault in faults:
         dropped[f"skipped: {fault}"].append(line)
     if not rows:
         raise UserError(
