@@ -1525,7 +1525,7 @@ def test_bad_rows_of_one_line_count_each(tmp_path, text):
     rows = [{"prompt": "p", "completion": answer} for answer in ("a", "", " ", "b")]
     file = tmp_path / "x.json"
     file.write_text(text(rows))
-    with pytest.raises(UserError, match="^2 rows cannot be used"):
+    with pytest.raises(UserError, match=r"^2 rows cannot be used"):
         data.read(str(file), Dataset())
     table = data.read(str(file), Dataset(on_bad_row="skip"))
     assert len(table.rows) == 2 and sum(map(len, table.dropped.values())) == 2

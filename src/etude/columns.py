@@ -195,23 +195,10 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
     def holds(column: str) -> bool:
         return any(filled(values.get(column)) for _, values in rows)
 
-    stray = [name for name in settings.columns if name not in FIELDS]
-    if stray:
-        guess = nearest(stray[0], FIELDS)
-        raise UserError(
-            f"dataset.columns: {', '.join(stray)}: no format has such a field; "
-            + (f"did you mean {guess}?" if guess else f"known: {', '.join(sorted(FIELDS))}")
-        )
     alike = defaultdict(list)
     for column in present:
         alike[plain(column)].append(column)
-    found: dict[str, list[str]] = {}
-    for field, wanted in settings.columns.items():
-        found[field] = [wanted] if wanted in present else alike[plain(wanted)]
-    mapped = {column for columns in found.values() for column in columns}
-    for field in FIELDS - found.keys():
-        found[field] = [column for column in alike[plain(field)] if column not in mapped]
-    found = {field: columns for field, columns in found.items() if columns}
+    found = _of_fields(alike, present, settings)
     proposal = _proposal(present, found, rows[0][1], settings)
     form: str = settings.format
     if form == "auto":
@@ -240,16 +227,13 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
                 f"rename all but one, or name yours: dataset.columns: {{{field}: ...}}"
             )
     own = {field: found[field][0] for field in known if field in found}
-    flags = {
-        column: plain(column)
-        for column in present
-        if plain(column) in ROW_FLAGS and column not in own.values()
-    }
-    for name, columns in alike.items():
-        if len(columns) > 1 and columns[0] in flags:
+    flags = {column: name for name in ROW_FLAGS for column in alike[name]}
+    flags = {column: name for column, name in flags.items() if column not in own.values()}
+    for name in ROW_FLAGS:
+        if len(alike[name]) > 1 and alike[name][0] in flags:
             raise UserError(
-                f"{source}: the columns {', '.join(map(repr, columns))} have one name but for case "
-                f"and white space, and say what is trained on; remove all but one {name!r}"
+                f"{source}: the columns {', '.join(map(repr, alike[name]))} have one name but for "
+                f"case and white space, and say what is trained on; remove all but one {name!r}"
             )
     refused = {}
     for column in present:
@@ -259,6 +243,26 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
                 refused[column] = why
     unused = [name for name in present if name not in {*own.values(), *flags, *refused}]
     return Columns(form, own, refused, flags, unused)
+
+
+def _of_fields(
+    alike: defaultdict[str, list[str]], present: Sequence[str], settings: Dataset
+) -> dict[str, list[str]]:
+    """The columns that each field of any format could be, by `dataset.columns` or by its name."""
+    stray = [name for name in settings.columns if name not in FIELDS]
+    if stray:
+        guess = nearest(stray[0], FIELDS)
+        raise UserError(
+            f"dataset.columns: {', '.join(stray)}: no format has such a field; "
+            + (f"did you mean {guess}?" if guess else f"known: {', '.join(sorted(FIELDS))}")
+        )
+    found: dict[str, list[str]] = {}
+    for field, wanted in settings.columns.items():
+        found[field] = [wanted] if wanted in present else alike[plain(wanted)]
+    mapped = {column for columns in found.values() for column in columns}
+    for field in FIELDS - found.keys():
+        found[field] = [column for column in alike[plain(field)] if column not in mapped]
+    return {field: columns for field, columns in found.items() if columns}
 
 
 def _why(column: str, form: str, own: dict[str, str], settings: Dataset) -> str | None:

@@ -381,8 +381,6 @@ def encode(
     dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
     rows = len(table.rows) + sum(map(len, dropped.values()))
     report = Report(split, table.source, table.format, rows, drawn=table.drawn, dropped=dropped)
-    overlength = settings.overlength or ("split" if table.format == "text" else "truncate")
-    most = settings.max_length
     if table.labels:
         check_labels(renderer, table.labels)
     parse = settings.special_tokens == "parse"
@@ -407,22 +405,8 @@ def encode(
         except RenderError as error:
             report.drop(str(error), row.line)
             continue
-        length, parts = len(example), [example]
-        if length > most:
-            if overlength == "drop":
-                report.drop(f"longer than max_length {most}", row.line)
-                report.lost += length
-                continue
-            if overlength == "split":
-                parts = pieces(example, most, renderer.tokenizer.bos_token_id)
-                report.divided.append(row.line)
-            else:
-                parts = [truncate(example, most)]
-                report.lost += length - len(parts[0]) * bool(parts[0].targets)
-                if parts[0].targets:
-                    report.truncated.append(row.line)
-        if not any(part.targets for part in parts):
-            report.drop(f"no supervised token within max_length {most}", row.line)
+        parts = _fitted(example, row.line, settings, renderer.tokenizer.bos_token_id, report)
+        if not parts:
             continue
         for number, part in enumerate(parts):
             part.origin, part.part = f"{table.source}:{row.line}", number
@@ -452,6 +436,31 @@ def encode(
         advice += room_of_labels(renderer, table.labels or [], settings, window)
         raise beyond_window(list(beyond.items()), window, advice)
     return examples, report
+
+
+def _fitted(
+    example: Example, line: int, settings: Dataset, bos: int | None, report: Report
+) -> list[Example]:
+    """A row's example within `max_length`, or its pieces; none if it is dropped. `report` notes which."""
+    most, length, parts = settings.max_length, len(example), [example]
+    overlength = settings.overlength or ("split" if report.format == "text" else "truncate")
+    if length > most:
+        if overlength == "drop":
+            report.drop(f"longer than max_length {most}", line)
+            report.lost += length
+            return []
+        if overlength == "split":
+            parts = pieces(example, most, bos)
+            report.divided.append(line)
+        else:
+            parts = [truncate(example, most)]
+            report.lost += length - len(parts[0]) * bool(parts[0].targets)
+            if parts[0].targets:
+                report.truncated.append(line)
+    if not any(part.targets for part in parts):
+        report.drop(f"no supervised token within max_length {most}", line)
+        return []
+    return parts
 
 
 def find_spelled(table: Table, renderer: Renderer, settings: Dataset, report: Report) -> None:

@@ -81,11 +81,16 @@ def evaluate(
             }
         result = assemble(name, settings, table, measured)
         for notice in report.overridden(result):
-            terminal.err.print(f"notice    {terminal.printable(notice)}")
+            aside(notice)
         report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         terminal.out.print(block)
     terminal.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
+
+
+def aside(notice: str) -> None:
+    """Print a notice on stderr: stdout holds the tables, which may be piped."""
+    terminal.err.print(f"notice    {terminal.printable(notice)}")
 
 
 def models(
@@ -96,7 +101,7 @@ def models(
     target = runs.open_target(name, overrides)
     terminal.err.print(f"device    {target.base.device.why}")
     for difference in runs.changes_since(expanded(name)):
-        terminal.err.print(f"notice    since the training: {difference}")
+        aside(f"since the training: {difference}")
     if with_base:
         yield "base", target.base.model, target
     yield ("tuned" if target.adapter else "model"), target.tuned(), target
@@ -113,7 +118,7 @@ def read_table(settings: Config, data_file: str | None) -> data.Table:
         raise UserError("Nothing to measure: dataset.test is null; give a file: --data FILE")
     table = data.read(source, settings.dataset)
     for notice in table.drops("test") + table.notices:
-        terminal.err.print(f"notice    {terminal.printable(notice)}")
+        aside(notice)
     # The answer that is measured is the last one that would be trained on.
     rows = [dataclasses.replace(row, messages=row.messages[: row.answer + 1]) for row in table.rows]
     table = dataclasses.replace(table, rows=rows)
@@ -176,7 +181,7 @@ def measure_labels(
     """Predict the label of every row and compare with the truth."""
     labels = cast(list[str], table.labels)
     for notice in data.contradicting("test", len(table.rows), data.repeats(table.rows)[1]):
-        terminal.err.print(f"notice    {terminal.printable(notice)}")
+        aside(notice)
     prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
     refuse_beyond_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
@@ -391,7 +396,7 @@ def measure_responses(
             "dataset.max_length:\n  " + "\n  ".join(fate.notices())
         )
     for notice in fate.notices():
-        terminal.err.print(f"notice    {terminal.printable(notice)}")
+        aside(notice)
     losses = sequence_losses(model, examples, settings, name)
     # Rows stay rows, however many examples one was split into.
     rows: list[list[tuple[float, int]]] = []

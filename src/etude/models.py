@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude import bounded, foreign
+from etude import bounded, files, foreign
 from etude.device import Device
 from etude.errors import UserError, first_line, nearest, shortage
 
@@ -383,7 +383,7 @@ def cache_folder() -> Path:
 
 def converted(file: Path) -> Path:
     """The folder that the GGUF `file` is converted into, whether or not it is there."""
-    return cache_folder() / "gguf" / f"{file.stem}-{_sha256(file)[:16]}"
+    return cache_folder() / "gguf" / f"{file.stem}-{files.sha256(file)[:16]}"
 
 
 def from_gguf(file: Path) -> Path:
@@ -410,7 +410,7 @@ def from_gguf(file: Path) -> Path:
     log.info("Converting %s to safetensors, once; it is kept in %s", file.name, folder.parent)
     try:
         _convert(file, work)
-        sums = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        sums = {path.name: files.sha256(path) for path in sorted(work.iterdir())}
         (work / SUMS).write_text(json.dumps(sums, indent=1))
         for path in (work, *work.iterdir()):  # one cache may serve several users
             foreign.usual_mode(path)
@@ -492,15 +492,10 @@ def _verified(folder: Path) -> bool:
         sums = foreign.read_json(folder / SUMS)
         # What else is there does not help without the weights.
         return "model.safetensors" in sums and all(
-            _sha256(folder / name) == value for name, value in sums.items()
+            files.sha256(folder / name) == value for name, value in sums.items()
         )
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _weights_hash(folder: Path) -> str:
@@ -510,7 +505,7 @@ def _weights_hash(folder: Path) -> str:
     """
     if folder.is_relative_to(cache_folder()) and (folder / SUMS).is_file():
         return str(json.loads((folder / SUMS).read_text())["model.safetensors"])
-    sums = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    sums = [files.sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
