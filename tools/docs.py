@@ -42,8 +42,6 @@ MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PR
 PARTS = {
     "The programs": ["main.py", "train_with_config.py", "evaluation.py", "chat.py", "config.yml"],
     "The library": ["src/etude/"],
-    "Tools": ["tools/"],
-    "Benchmarks": ["benchmarks/"],
 }
 
 

@@ -47,6 +47,7 @@ from notes_page import (
     read_page,
     section,
     split,
+    statements,
     written,
 )
 from notes_sync import accepted, synced
@@ -55,7 +56,7 @@ FOLDER = "COMMENTED_CODE"
 SECTIONS = ["Overview", "Benefits", "Trade-offs", "Requirements", CODE_SECTION,
             "Usage Examples", "Common Issues & Solutions", "Related Files"]  # fmt: skip
 LINKING = ["README.md", "PROJECT_FLOW.md", "CONTRIBUTING.md"]  # checked for links beside the pages
-CODE_FILE = re.compile(r"src/etude/.+\.py|tools/[^/]+\.(py|sh)|benchmarks/[^/]+\.py|config\.yml")
+CODE_FILE = re.compile(r"src/etude/.+\.py|config\.yml")
 # Here every statement has a WHAT and a WHY. Elsewhere every function, class and run of top-level
 # statements has at least one WHAT.
 STRICT = {"main.py", "train_with_config.py", "evaluation.py", "chat.py", "config.yml"}
@@ -260,13 +261,23 @@ def write(path: Path, text: str) -> None:
 
 
 def code_files(root: Path) -> dict[str, str]:
-    """The name of every page that must be, and its code file."""
+    """The name of every page that must be, and its code file. A package's docstring needs none."""
     command = ["git", "-C", str(root), "ls-files", "-z"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise Refused(f"{root} is no git checkout: {result.stderr.strip()}; name one with --root")
     files = [file for file in result.stdout.split("\0") if CODE_FILE.fullmatch(file)]
-    return {page_of(file): file for file in files if (root / file).exists()}
+    return {
+        page_of(file): file
+        for file in files
+        if (root / file).exists()
+        and not (file.endswith("__init__.py") and is_docstring(read(root / file)))
+    }
+
+
+def is_docstring(source: str) -> bool:
+    """Whether Python code is a docstring at most."""
+    return all(item.is_docstring for item in statements(source, "python"))
 
 
 def lock_path(root: Path, page: str) -> Path:
