@@ -15,7 +15,7 @@ from etude import lora, proof, ranks, train_with_config, trainer
 from etude.errors import UserError
 
 # Trains as `etude train` does, and notes the rows of every step. "apart" leaves out the sum of the
-# gradients; "killed" ends process 1 as kill -9 does.
+# gradients; "killed" ends process 1 as kill -9 does, and the launcher ends process 0 while it reports that.
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -41,6 +41,14 @@ def apart(self, *arguments):
         ranks.WORLD = world
 
 trainer.StepTrainer.training_step = noted
+tell = terminal.tell
+
+def interrupted(*parts):
+    if mode == "killed" and "error" in str(parts[0]):
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, which may come at any moment
+    tell(*parts)
+
+terminal.tell = interrupted
 
 @terminal.command
 def main():

@@ -61,6 +61,7 @@ _whole = why_not_launched(os.environ) is None  # else `check` says so, and this 
 RANK = int(os.environ.get("RANK", 0)) if _whole else 0
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if _whole else 1
 FIRST = RANK == 0  # it speaks and writes for all
+one_is_gone = False  # whether another process of this training is known to have ended
 # The programs that are one process, whatever the environment says.
 ALONE = ("init", "evaluate", "chat", "verify", "reproduce")
 # How long the launcher is asked who has spoken; it answers within milliseconds or is gone.

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, ParamSpec, cast
+from typing import IO, Any, NoReturn, ParamSpec, cast
 
 import typer
 from rich.console import Console
@@ -170,41 +170,47 @@ def tell(*parts: str | Text) -> None:
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """Make `function` a program: quiet libraries, a clear sentence for a mistake, an exit code.
 
-    Exit codes: 0 done; 2 a mistake, or a machine that is full, told on stderr without a traceback;
-    130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+    Exit codes: 0 done; 2 a mistake, or a machine that is full, reported on stderr without a
+    traceback; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
         _log.file = _log.kept = None
-        try:
-            with ranks.on_signals(_end, "SIGTERM", "SIGHUP"):
+        with ranks.on_signals(_end, "SIGTERM", "SIGHUP"):
+            try:
                 ranks.check(function.__name__)
                 function(*args, **kwargs)
-            return
-        except typer.Exit:
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            # A library may wrap the interrupt that it met, in the middle of an import say.
-            for cause in causes(error):
-                if isinstance(cause, KeyboardInterrupt):
-                    tell("\n", str(cause.args[0]) if cause.args else "stopped")
-                    raise typer.Exit(cause.args[1] if cause.args[1:] else INTERRUPTED) from None
-            problem = str(error) if isinstance(error, UserError) else shortage(error)
-            if not problem and isinstance(error, OSError):  # no such folder, a name too long
-                problem = f"{error.filename or 'the system'}: {error.strerror or error}"
-            if not problem:
-                _log.add((traceback.format_exc(),), {})
+            except typer.Exit:
                 raise
-        tell(Text("error: ", style="bold red"), printable(problem))
-        raise typer.Exit(USER_ERROR)
+            except (Exception, KeyboardInterrupt) as error:
+                _report(error)
 
     return wrapper
 
 
+def _report(error: BaseException) -> NoReturn:
+    """Print what ended a program in one line, and end it with the exit code that belongs to it."""
+    # A library may wrap the interrupt that it met, in the middle of an import say.
+    for cause in causes(error):
+        if isinstance(cause, KeyboardInterrupt):
+            tell("\n", str(cause.args[0]) if cause.args else "stopped")
+            raise typer.Exit(cause.args[1] if cause.args[1:] else INTERRUPTED) from None
+    problem = str(error) if isinstance(error, UserError) else shortage(error)
+    if not problem and isinstance(error, OSError):  # no such folder, a name too long
+        problem = f"{error.filename or 'the system'}: {error.strerror or error}"
+    if not problem:
+        _log.add((traceback.format_exc(),), {})
+        raise error
+    tell(Text("error: ", style="bold red"), printable(problem))
+    raise typer.Exit(USER_ERROR) from None
+
+
 def _end(number: int, frame: object) -> None:
     """On SIGTERM and SIGHUP leave in order: what is half done is cleaned up, a child process ended."""
+    if ranks.one_is_gone:
+        return  # the launcher ends all others: this one does so by itself, once it has said why
     signal.signal(number, signal.SIG_DFL)  # the next one ends it at once
     raise SystemExit(128 + number)
 

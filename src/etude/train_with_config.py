@@ -666,25 +666,32 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
 
     try:
         with ranks.on_signals(handle):
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if ranks.WORLD == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
+                    raise
+                # Before the handler is restored: the launcher's SIGTERM is on its way.
+                ranks.one_is_gone = True
+                # In the same words by all that are left, so that it is told once.
+                closed = re.search("closed|reset|broken pipe", str(error), re.I)
+                reason = "its connection ended" if closed else first_line(error)
+                newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+                raise UserError(
+                    f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
+                    f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
+                    + (
+                        f"The last checkpoint is {newest}"
+                        if newest
+                        else "No checkpoint was made yet"
+                    )
+                    + f"; {runs.go_on(folder)}"
+                ) from None
     except Stopped:
         state = loop.state
         raise KeyboardInterrupt(
             f"stopped at step {state.global_step} of {state.max_steps}; {runs.go_on(folder)}", code
         ) from None
-    except RuntimeError as error:
-        if ranks.WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
-            # In the same words by all that are left, so that it is told once.
-            closed = re.search("closed|reset|broken pipe", str(error), re.I)
-            reason = "its connection ended" if closed else first_line(error)
-            newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
-            raise UserError(
-                f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
-                f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
-                + (f"The last checkpoint is {newest}" if newest else "No checkpoint was made yet")
-                + f"; {runs.go_on(folder)}"
-            ) from None
-        raise
 
 
 def prepare(
