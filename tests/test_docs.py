@@ -1,4 +1,4 @@
-"""README and PROJECT_FLOW are held to the truth: what they name exists, what they quote is said."""
+"""README, docs/ and PROJECT_FLOW are checked against the code: what they name and quote exists."""
 
 import ast
 import re
@@ -14,8 +14,12 @@ from etude import chat, cli, config, evaluation, train_with_config
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "etude"
-NAMES = ["README.md", "PROJECT_FLOW.md"]
+FLOW = "PROJECT_FLOW.md"
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+NAMES = ["README.md", *PAGES, FLOW]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+GUIDE = "\n".join(TEXTS[name] for name in NAMES if name != FLOW)  # what a user reads
+KEYS = TEXTS["docs/keys.md"]
 CODE = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
 MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluation.evaluate,
            "chat": chat.chat}  # fmt: skip
@@ -132,34 +136,33 @@ def check_command(words):
     config.load(None, presets, settings)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_commands_exist_with_their_options_presets_and_settings(name):
-    found = list(commands(TEXTS[name]))
-    assert len(found) >= 4
+def test_commands_exist_with_their_options_presets_and_settings():
+    found = list(commands(GUIDE)) + list(commands(TEXTS[FLOW]))
+    assert len(found) > 40
     for words in found:
         check_command(words)
 
 
-def test_readme_shows_every_program():
-    lines = commands(TEXTS["README.md"])
+def test_the_guide_shows_every_program():
+    lines = commands(GUIDE)
     shown = {tuple(words[::2][:2] if words[0] == "python" else words[:2]) for words in lines}
     assert {("etude", name) for name in SUBCOMMANDS} - {("etude", "version")} <= shown
     assert {("python", f"etude.{name}") for name in [*MODULES, "main"]} <= shown
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_options_by_themselves_exist(name):
+def test_options_by_themselves_exist():
     known = {option for command in SUBCOMMANDS.values() for option in options(command)}
-    found = [span.split()[0] for span in spans(TEXTS[name]) if span.startswith("--")]
-    assert found
-    assert set(found) <= known
+    found = {span.split()[0] for span in spans(GUIDE + TEXTS[FLOW]) if span.startswith("--")}
+    assert len(found) > 5
+    assert found <= known
 
 
 def test_presets_exist_and_all_are_named():
     there = {path.stem for path in (SOURCE / "presets").glob("*.yml")}
     assert len(there) >= 4
-    assert there <= set(spans(TEXTS["README.md"]))
-    named = re.findall(r"--preset (\w+)", TEXTS["README.md"])
+    (rows,) = table(KEYS, "| preset | what it is for |")
+    assert {name.strip("`") for name, _ in rows} == there
+    named = re.findall(r"--preset (\w+)", GUIDE)
     assert named
     assert set(named) <= there
 
@@ -174,8 +177,7 @@ def test_a_wrong_command_is_seen(line):
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"train", "test"} <= targets
-    text = TEXTS["README.md"]
-    lines = "\n".join(blocks(text, "bash")).splitlines() + spans(text)
+    lines = "\n".join(blocks(GUIDE, "bash")).splitlines() + spans(GUIDE)
     named = {m[1] for line in lines if (m := re.match(r"make ([a-z]+)", line))}
     assert {"train", "test", "install"} <= named <= targets
 
@@ -184,15 +186,15 @@ def test_make_targets_exist():
 
 
 def test_keys_exist_and_take_the_values_shown():
-    found = list(overrides(TEXTS["README.md"]))
-    assert len(found) > 40
+    found = list(overrides(GUIDE))
+    assert len(found) > 100
     assert any(value for _, value in found)
-    for key, value in found + list(overrides(TEXTS["PROJECT_FLOW.md"])):
+    for key, value in found + list(overrides(TEXTS[FLOW])):
         assert key in set(config.key_paths())
         if value:
             config.load(None, overrides=[f"{key}={value}"])
-    for block in blocks(TEXTS["README.md"], "yaml"):
-        config.check(config.parse_yaml(block, "README.md").values, {})
+    (block,) = blocks(GUIDE, "yaml")
+    config.check(config.parse_yaml(block, "README.md").values, {})
 
 
 def of_key(cell):
@@ -201,20 +203,22 @@ def of_key(cell):
 
 
 def meant(key, text):
-    """The value that a text means for a key, read as the command line reads it."""
+    """The value that a text means for a key, read as the command line reads it, line breaks escaped."""
+    text = text.replace(r"\n", "\n").strip('"')
     return config.value(config.load(None, overrides=[f"{key}={text}"]), key)
 
 
-def test_the_keys_table_quotes_the_schemas_defaults():
-    (rows,) = table(TEXTS["README.md"], "| key | default | impact |")
-    assert len(rows) >= 14
-    for cell, default, _ in rows:
+def test_the_tables_of_keys_have_every_key_in_order_with_the_schemas_default():
+    rows = [row for rows in table(KEYS, "| key | default | impact |") for row in rows]
+    assert [of_key(cell) for cell, _, _ in rows] == list(config.key_paths())
+    for cell, default, impact in rows:
         key = of_key(cell)
         assert meant(key, default.strip("`")) == config.value(config.Config(), key), key
+        assert impact
 
 
 def test_the_machine_tables_say_what_the_presets_set():
-    tables = table(TEXTS["README.md"], "| key | value | why |")
+    tables = table(KEYS, "| key | value | why |")
     assert len(tables) == 2
     for preset, rows in zip(("cpu", "gpu"), tables, strict=True):
         settings = config.load(None, [preset])
@@ -242,13 +246,13 @@ def test_the_share_of_trained_parameters_is_right():
         f"With r={lora.r} on q_proj and v_proj, {trained:,} of {total:,} parameters of Qwen2-1.5B "
         f"train: {trained / total:.2%}".replace("%", " %")
     )
-    assert sentence in TEXTS["README.md"]
+    assert sentence in KEYS
 
 
 def test_every_data_format_has_an_example_that_is_read(tmp_path):
     from etude import data
 
-    (rows,) = table(TEXTS["README.md"], "| format | one row |")
+    (rows,) = table(TEXTS["docs/data.md"], "| format | one row |")
     assert {of_key(cell) for cell, _ in rows} == set(data.FORMATS)
     for cell, row in rows:
         file = tmp_path / f"{of_key(cell)}.jsonl"
@@ -285,19 +289,33 @@ def file_names(text):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_named_exist(name):
     found = set(file_names(TEXTS[name]))
-    assert len(found) > 10
+    assert found or name in PAGES
     assert [word for word in found if not exists(word)] == []
     assert not exists("src/etude/tune.py") and not exists("tune.yml")
 
 
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md"])
 def test_relative_links_lead_somewhere(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)\s]+)\)", prose(text))
-    assert links or name == "CONTRIBUTING.md"
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text(encoding="utf-8")))
+    assert links or name == "CONTRIBUTING.md" or name in PAGES
     for link in links:
         if not link.startswith(("http:", "https:")):
-            assert (ROOT / link.partition("#")[0]).exists(), link
+            target, _, anchor = link.partition("#")
+            target = page.parent / target if target else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_links_every_page():
+    assert len(PAGES) >= 8
+    assert set(PAGES) <= set(re.findall(r"\]\((docs/[^)#\s]+)\)", TEXTS["README.md"]))
 
 
 def defined(module):
@@ -322,19 +340,17 @@ def test_functions_named_exist(name):
     called = {m for part in code for m in re.findall(r"([A-Za-z_][\w.]*)\(\)", part)}
     classes = {m for part in code for m in re.findall(r"\b([a-z_]+\.[A-Z]\w+)\b", part)}
     called = {name.removeprefix("etude.") for name in called}
-    assert len(called) >= (30 if name == "PROJECT_FLOW.md" else 0)
+    assert len(called) >= (30 if name == FLOW else 0)
     unknown = {name for name in called | classes if name not in FUNCTIONS | METHODS}
     assert unknown - {"transformers.Trainer"} == set()
 
 
 def test_project_flow_lists_every_file_of_ours():
-    tree = re.findall(
-        r"^  (\w+\.py) +(\S.*)$", "\n".join(blocks(TEXTS["PROJECT_FLOW.md"], "")), re.M
-    )
+    tree = re.findall(r"^  (\w+\.py) +(\S.*)$", "\n".join(blocks(TEXTS[FLOW], "")), re.M)
     assert len(tree) > 15
     assert {name for name, _ in tree} == {f"{stem}.py" for stem in CODE}
     # The tree stands in the order of the layers, so that it reads from the ground up.
-    order = layers(TEXTS["PROJECT_FLOW.md"])
+    order = layers(TEXTS[FLOW])
     assert [name for name, _ in tree if name != "__init__.py"] == sorted(
         (name for name, _ in tree if name != "__init__.py"),
         key=lambda name: next(n for n, names in enumerate(order) if name in names),
@@ -349,7 +365,7 @@ def layers(text):
 
 
 def test_both_layer_tables_are_one_and_hold_every_file():
-    mine = layers(TEXTS["PROJECT_FLOW.md"])
+    mine = layers(TEXTS[FLOW])
     assert mine == layers((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     files = [name for names in mine for name in names]
     assert len(files) == len(set(files)) > 15
@@ -380,12 +396,10 @@ def unsaid(quotation, texts):
     return [part for part in parts if part.strip() and part.strip() not in texts]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["docs/troubleshooting.md", FLOW])
 def test_quoted_messages_are_what_the_code_says(name):
     texts = said()
     text = prose(TEXTS[name])
-    if name == "README.md":
-        text = text[text.index("| symptom | cause | solution |") :]
     quotations = re.findall(r'"([^"]{8,})"', re.sub(r"`[^`\n]*`", "", text))
     assert len(quotations) >= 8
     assert {q: unsaid(q, texts) for q in quotations if unsaid(q, texts)} == {}
@@ -406,7 +420,7 @@ def unbalanced(text):
 
 
 def test_mermaid_diagrams_are_well_formed():
-    found = blocks(TEXTS["PROJECT_FLOW.md"], "mermaid")
+    found = blocks(TEXTS[FLOW], "mermaid")
     assert len(found) >= 3
     node = r'\w+(?:\(\["[^"]+"\]\)|\["[^"]+"\])?'  # name, name["box"] or name(["rounded box"])
     for block in found:
@@ -436,3 +450,9 @@ def test_readme_has_its_measured_table():
     assert all(cell.strip() for row in rows for cell in row)
     first = text.split("\n\n")[1].replace("\n", " ").split(":")[0]
     assert "Qwen2-1.5B fine-tuning with LoRA from one YAML file" in first
+    # The speeds are those of the record in the benchmarks.
+    record = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    (rows,) = table(text, "| number format of the base | TRL | Etude |")
+    speeds = [cell for row in rows for cell in row[1:] if cell.strip() != "-"]
+    assert len(speeds) == 5
+    assert all(f" {speed.strip()} | " in record for speed in speeds)

@@ -73,7 +73,10 @@ def test_links_lead_to_the_pages_of_code_and_to_copies_of_other_files(tmp_path, 
 def test_every_page_has_one_place_in_the_navigation():
     files = notes.code_files(ROOT)
     assert len(files) > 30
-    found = re.findall(r'"COMMENTED_CODE/([^"]+\.md)"', docs.inline(docs.navigation(files)))
+    there = docs.inline(docs.navigation(files))
+    found = re.findall(r'"COMMENTED_CODE/([^"]+\.md)"', there)
     assert sorted(found) == sorted([*files, "README.md"])
+    guide = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+    assert sorted(re.findall(r'"(docs/[^"]+\.md)"', there)) == guide
     with pytest.raises(AssertionError, match=r"no part of the navigation"):
         docs.navigation({"x.py.md": "elsewhere/x.py"})

@@ -1,4 +1,4 @@
-"""Build the site: README, PROJECT_FLOW and the pages of COMMENTED_CODE/, notes beside their code.
+"""Build the site: README, docs/, PROJECT_FLOW and COMMENTED_CODE/, notes beside their code.
 
     python tools/docs.py
     python -m http.server --directory build/site  # to look at it, search included
@@ -32,8 +32,11 @@ from pygments.lexers import get_lexer_by_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs"
-TEXTS = ["README.md", "PROJECT_FLOW.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
-         "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
+# The pages of docs/, in the order of the navigation.
+GUIDE = ["keys", "data", "evaluation", "chat", "run-folder", "interruption", "processes",
+         "troubleshooting", "faq", "learning-path"]  # fmt: skip
+TEXTS = ["README.md", *(f"docs/{name}.md" for name in GUIDE), "PROJECT_FLOW.md", "CONTRIBUTING.md",
+         "CHANGELOG.md", "benchmarks/README.md", "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
 LINK = re.compile(r"(\]\(<?)([^)\s>#:]+)((?:#[^)\s>]*)?>?\))")
 # Diagrams are drawn by Mermaid in the browser; with our copy, the site needs no other server.
 MERMAID = "https://registry.npmjs.org/mermaid/-/mermaid-12.3.0.tgz"
@@ -117,6 +120,7 @@ def navigation(files: dict[str, str]) -> list[object]:
     left = dict(files)
     parts: list[object] = [
         {"Etude": "README.md"},
+        {"Guide": [f"docs/{name}.md" for name in GUIDE]},
         {"How data flows": "PROJECT_FLOW.md"},
         {"Benchmarks": "benchmarks/README.md"},
     ]
