@@ -53,12 +53,12 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 test: install ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
 
-check: install ## format, lint, types, notes, import layers, tests
+check: install ## format, lint, types, import layers, notes, tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/notes.py check
-	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(MAKE) --no-print-directory test
 
 docs: install ## build the site in build/site/: the pages, with notes beside their code

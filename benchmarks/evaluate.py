@@ -55,8 +55,8 @@ def tuned(model: Any) -> Any:
     """The model with an adapter that does something: B is not zero."""
     import torch
 
-    from etude import lora
-    from etude.config import Lora
+    from etude.config.schema import Lora
+    from etude.models import lora
 
     torch.manual_seed(0)
     adapted = lora.attach(model, Lora(), "sample")
@@ -68,7 +68,8 @@ def tuned(model: Any) -> Any:
 
 def generate_etude(target: Any, prompts: list[Any], labels: list[str]) -> list[Any]:
     """As `etude evaluate evaluation.method=generate` does: merged, in batches."""
-    from etude import generation, lora
+    from etude.engine import generation
+    from etude.models import lora
 
     model = lora.merge(tuned(target.base.model))
     settings = target.config.generation.model_copy(
@@ -108,10 +109,14 @@ def generate_transformers(target: Any, prompts: list[Any], labels: list[str]) ->
 
 def worker(task: str, engine: str, rows: int) -> None:
     """Do the task with one engine and print what was measured as one JSON line."""
-    from etude import data, runs, terminal
+    from etude import console
+    from etude.data import dataset as data
+    from etude.runs import folder as run_folder
 
-    terminal.quiet_transformers()
-    target = runs.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
+    console.quiet_transformers()
+    target = run_folder.open_target(
+        "smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"]
+    )
     settings = target.config.dataset
     table = data.sample(data.read(str(ROOT / TEST), settings), rows, 0)
     labels = table.labels or []

@@ -3,9 +3,9 @@
 python benchmarks/memory.py
 
 Each setting is one `etude train` on the sample model in a process of its own, a few steps and a
-validation long. Planned is the peak that etude.plan tells before the weights are loaded, measured
+validation long. Planned is the peak that etude.training.memory reports before the weights are loaded, measured
 the process's own peak of resident memory (VmHWM, Linux). Both are in the run's manifest.
-Four constants of etude.plan were fitted to all settings of this grid but the last ones, marked with *.
+Four constants of etude.training.memory were fitted to all settings of this grid but the last ones, marked with *.
 """
 
 import argparse
@@ -68,9 +68,10 @@ def write_rows(folder: Path) -> None:
 
     from transformers import AutoTokenizer
 
-    from etude import data, models
-    from etude.config import Dataset
-    from etude.conversation import Renderer
+    from etude.config.schema import Dataset
+    from etude.conversation.renderer import Renderer
+    from etude.data import dataset as data
+    from etude.models import loading
 
     def write(name: str, lines: list[str]) -> None:
         (folder / f"{name}.train.jsonl").write_text("".join(lines[:ROWS]))
@@ -78,7 +79,7 @@ def write_rows(folder: Path) -> None:
 
     for name in ("tweets", "dictionary"):
         write(name, (ROOT / WORKLOADS[name]).read_text().splitlines(keepends=True))
-    renderer = Renderer(AutoTokenizer.from_pretrained(models.locate(models.SAMPLE)))
+    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
     settings = Dataset(train=WORKLOADS["dictionary"])
     table = data.read(str(ROOT / settings.train), settings)
     conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
@@ -89,11 +90,14 @@ def write_rows(folder: Path) -> None:
 
 def worker(settings: list[str]) -> None:
     """Train as `etude train` does, but for the proof, which is another process's."""
-    from etude import config, int8, proof, train_with_config
+    from etude import train_with_config
+    from etude.config.loading import load_config
+    from etude.engine import int8
+    from etude.runs import proof
 
     int8.why_not = lambda *_: None  # what it takes is asked here, not whether it is faster
     proof.in_a_new_process = lambda folder: "left out"
-    train_with_config.run_training(config.load(None, overrides=settings))
+    train_with_config.run_training(load_config(None, overrides=settings))
 
 
 def measure(name: str, overrides: tuple[str, ...], rows: Path) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def etude(*words: str) -> None:
 
 def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]:
     """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
-    from etude import data, evaluation, runs, terminal
+    from etude import console, evaluation
+    from etude.data import dataset as data
+    from etude.runs import folder as run_folder
 
     run = folder / f"{workload}-{seed}-{base.replace(' ', '-')}"
     etude(
@@ -62,8 +64,8 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
         *BASES[base],
     )
     results = json.loads((run / "manifest.json").read_text())["results"]
-    terminal.quiet_transformers()
-    target = runs.open_target(str(run), ["model.dtype=float32"])
+    console.quiet_transformers()
+    target = run_folder.open_target(str(run), ["model.dtype=float32"])
     settings = target.config
     table = data.read(str(settings.dataset.test), settings.dataset)
     examples, _ = data.encode(table, target.renderer, settings.dataset, "test")
@@ -86,7 +88,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> str:
     """`second` beside `first`: held-out losses with a 95 % paired bootstrap interval, and accuracy."""
     from scipy.stats import bootstrap
 
-    from etude.metrics import mcnemar
+    from etude.measure.metrics import mcnemar
 
     loss = sum(second["losses"]) / second["tokens"]
     own = second["own_base_loss"]

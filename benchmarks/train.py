@@ -55,11 +55,12 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
 
     from transformers import AutoTokenizer
 
-    from etude import data, models
-    from etude.config import Dataset
-    from etude.conversation import Renderer
+    from etude.config.schema import Dataset
+    from etude.conversation.renderer import Renderer
+    from etude.data import dataset as data
+    from etude.models import loading
 
-    renderer = Renderer(AutoTokenizer.from_pretrained(models.locate(models.SAMPLE)))
+    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
     settings = Dataset(train=WORKLOADS[workload], max_length=512)
     table = data.read(str(ROOT / settings.train), settings)
     conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
@@ -109,8 +110,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from etude import lora, models
-    from etude.config import Lora
+    from etude.config.schema import Lora
+    from etude.models import loading, lora
 
     torch.manual_seed(SEED)
     if name == "qwen2-1.5b-shape":
@@ -126,7 +127,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
         base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     else:
         base = AutoModelForCausalLM.from_pretrained(
-            models.locate(name), dtype=dtype, local_files_only=True
+            loading.locate(name), dtype=dtype, local_files_only=True
         )
     base.requires_grad_(False)
     torch.manual_seed(SEED)
@@ -261,8 +262,11 @@ def run_etude(
     """Etude's own preparation and Trainer subclass, as `etude train` uses them; compiled."""
     from transformers import TrainingArguments
 
-    from etude import config, device, train_with_config, trainer
-    from etude.conversation import Example
+    from etude import train_with_config
+    from etude.config.loading import load_config
+    from etude.conversation.renderer import Example
+    from etude.models import device
+    from etude.training import trainer
 
     examples = [
         Example(row["ids"], [label != -100 for label in row["labels"]]) for s in steps for row in s
@@ -271,7 +275,7 @@ def run_etude(
     # As `etude train` does: what becomes int8 is loaded in the format it is stored in.
     stored = quantization == "int8" and model_name != MODELS[0]
     model = load_model(model_name, torch.bfloat16 if stored else place.torch_dtype)
-    settings = config.load(
+    settings = load_config(
         None,
         overrides=[
             f"model.quantization={quantization}",
@@ -313,7 +317,7 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from etude import models
+    from etude.models import loading
 
     rows = [
         {
@@ -339,7 +343,7 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
             )
         ),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(models.locate(models.SAMPLE)),
+        processing_class=AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)),
         callbacks=[clock],
     )
     loop.train()

@@ -33,10 +33,11 @@ def qwen_file() -> Path:
 @pytest.fixture(scope="session")
 def sample():
     """The bundled sample model, opened as the programs open it. Its weights must stay as they are."""
-    from etude import runs, terminal
+    from etude import console
+    from etude.runs import folder as run_folder
 
-    terminal.quiet_transformers()
-    return runs.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
+    console.quiet_transformers()
+    return run_folder.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +45,9 @@ def sample_tokenizer():
     """The sample model's tokenizer, without the weights."""
     from transformers import AutoTokenizer
 
-    from etude import models
+    from etude.models import loading
 
-    return AutoTokenizer.from_pretrained(models.locate(models.SAMPLE), local_files_only=True)
+    return AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE), local_files_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from etude import config as configuration
-from etude import report, runs, terminal, train_with_config
+from etude import console, train_with_config
 from etude.chat import changed
-from etude.config import Config, key_paths, load, to_yaml
+from etude.config.loading import _kinds, check_config, key_paths, load_config, to_yaml, value_at
+from etude.config.schema import Config
+from etude.config.yaml import parse_yaml
 from etude.errors import UserError, command
+from etude.runs import folder as run_folder
+from etude.runs import report
 
 TEXT_KEYS = (
     "model.name", "model.revision", "model.chat_template", "dataset.train", "dataset.validation",
@@ -25,9 +28,7 @@ def test_the_keys_that_take_text_are_those_of_the_schema():
     free = {
         f"{section}.{name}"
         for section, name in section_and_name
-        if configuration._kinds(
-            type(Config.model_fields[section].default).model_fields[name].annotation
-        )
+        if _kinds(type(Config.model_fields[section].default).model_fields[name].annotation)
         <= {str, type(None)}
     }
     assert free >= {*TEXT_KEYS, *CHOICES}
@@ -57,10 +58,10 @@ def test_text_arrives_unchanged_and_survives_the_runs_own_config(key, text):
         text += "{labels}{text}"
     if not text or (text in ("null", '"null"') and key not in ("model.name", "output.dir")):
         return
-    loaded = load(None, overrides=[f"{key}={text}"])
-    assert configuration.value(loaded, key) == text
-    layer = configuration.parse_yaml(to_yaml(loaded), "config.yml")
-    assert configuration.check(layer.values, layer.origin) == loaded
+    loaded = load_config(None, overrides=[f"{key}={text}"])
+    assert value_at(loaded, key) == text
+    layer = parse_yaml(to_yaml(loaded), "config.yml")
+    assert check_config(layer.values, layer.origin) == loaded
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_text_arrives_unchanged_and_survives_the_runs_own_config(key, text):
     ],
 )
 def test_null_and_what_is_no_text(setting, value):
-    loaded = load(None, overrides=[setting])
-    assert configuration.value(loaded, setting.partition("=")[0]) == value
+    loaded = load_config(None, overrides=[setting])
+    assert value_at(loaded, setting.partition("=")[0]) == value
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_null_and_what_is_no_text(setting, value):
 )
 def test_what_is_no_value_is_refused(setting, words):
     with pytest.raises(UserError, match=words):
-        load(None, overrides=[setting])
+        load_config(None, overrides=[setting])
 
 
 def test_set_in_a_chat_takes_numbers_as_before():
@@ -118,7 +119,7 @@ def test_names_with_equals_signs_are_told_from_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("lr=1e-3", "v1.0=x", "runs/lr=1e-3", "runs/r=8", "lora.r=16"):
         Path(name).mkdir(parents=True)
-    split = terminal.split_arguments
+    split = console.split_arguments
     for name in (
         "lr=1e-3", "v1.0=x", "runs/lr=1e-3", "runs/not/there=1", "./lora.r=16", "~/a=b",
         str(tmp_path / "lr=1e-3"), "plain", "my run",
@@ -163,7 +164,7 @@ def test_a_printed_command_is_read_as_what_was_meant(parts):
     folder = Path(*parts)
     program, verb, name, option = shlex.split(command("etude", "evaluate", folder, "--base"))
     assert (program, verb, option) == ("etude", "evaluate", "--base")
-    found, overrides = terminal.split_arguments([name])
+    found, overrides = console.split_arguments([name])
     assert Path(str(found)) == folder and overrides == [] and not name.startswith("-")
 
 
@@ -174,27 +175,27 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
         update={"output": Config().output.model_copy(update={"dir": str(folder)})}
     )
     (folder / "checkpoints").mkdir(parents=True)
-    runs.begin(folder, {})
-    (folder / runs.CONFIG).write_text(to_yaml(config))
+    run_folder.begin(folder, {})
+    (folder / run_folder.CONFIG).write_text(to_yaml(config))
 
     def taken(line):
         program, verb, *words = shlex.split(line)
         assert program == "etude"
         words = [word for word in words if not word.startswith("--")]
-        name, overrides = terminal.split_arguments(words)
+        name, overrides = console.split_arguments(words)
         for setting in overrides:
-            assert load(None, overrides=[setting]).output.dir in (str(folder), "runs/again")
+            assert load_config(None, overrides=[setting]).output.dir in (str(folder), "runs/again")
         return verb, Path(str(name))
 
-    without = runs.go_on(folder)
+    without = run_folder.go_on(folder)
     assert "--resume" not in without
     assert taken(without.partition(": ")[2]) == ("train", folder / "config.yml")
     (folder / "checkpoints" / "checkpoint-3").mkdir()
-    with_one = runs.go_on(folder)
+    with_one = run_folder.go_on(folder)
     assert "--resume" in with_one
     assert taken(with_one.partition(": ")[2]) == ("train", folder / "config.yml")
     with pytest.raises(UserError, match="has no adapter yet") as refusal:
-        runs.open_config(str(folder), [])
+        run_folder.open_config(str(folder), [])
     assert with_one in str(refusal.value)
 
     train_with_config.show_end(config, {"steps": 1, "seconds": 1.0, "eval_loss": None})
@@ -213,5 +214,5 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
 
 
 def test_text_with_colons_is_printed_as_it_is(capsys):
-    terminal.say("response", "a :smile: [bold] b")  # Rich would make a picture of it
+    console.say("response", "a :smile: [bold] b")  # Rich would make a picture of it
     assert ":smile: [bold] b" in capsys.readouterr().out

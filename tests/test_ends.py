@@ -13,8 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from etude import __main__ as command_line
-from etude import cli, lora, models, proof, ranks, runs, sources, terminal, train_with_config
+from etude import cli, console, distributed, train_with_config
+from etude.data import readers
 from etude.errors import UserError, shortage
+from etude.models import loading, lora
+from etude.runs import folder as run_folder
+from etude.runs import proof
 
 
 class SafetensorError(Exception):
@@ -93,14 +97,14 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
-    loaded = models._explain("some/model", None, None, raised_from(OSError("no file"), FULL))
+    loaded = loading._explain("some/model", None, None, raised_from(OSError("no file"), FULL))
     assert "the disk is full" in str(loaded) and "spelling" not in str(loaded)
     assert "HF_HUB_CACHE" in str(loaded) or "HF_HOME" in str(loaded)
-    local = models._explain("folder", tmp_path, None, NO_MEMORY)
+    local = loading._explain("folder", tmp_path, None, NO_MEMORY)
     assert "model.name folder: not enough memory" in str(local)
-    assert "causal" in str(models._explain("folder", tmp_path, None, ValueError("odd")))
+    assert "causal" in str(loading._explain("folder", tmp_path, None, ValueError("odd")))
     assert "spelling" in str(
-        models._explain("some/modle", None, None, OSError("no such repository"))
+        loading._explain("some/modle", None, None, OSError("no such repository"))
     )
 
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
@@ -113,17 +117,17 @@ def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
         ),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; set ETUDE_CACHE"),
     ):
-        monkeypatch.setattr(models, "_convert", lambda *_, error=error: throw(error))
+        monkeypatch.setattr(loading, "_convert", lambda *_, error=error: throw(error))
         with pytest.raises(UserError, match=words):
-            models.from_gguf(file)
-    monkeypatch.setattr(models, "_convert", lambda *_: 1 / 0)
+            loading.from_gguf(file)
+    monkeypatch.setattr(loading, "_convert", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        models.from_gguf(file)
+        loading.from_gguf(file)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: throw(FULL))
     with pytest.raises(UserError, match=r"the disk is full.*HF_DATASETS_CACHE"):
-        sources.read("some/data")
+        readers.read("some/data")
     (tmp_path / lora.WEIGHTS).write_bytes(b"x")
     monkeypatch.setattr("safetensors.torch.load_file", lambda *_: throw(NO_MEMORY_ON_LOAD))
     with pytest.raises(UserError, match="not enough memory"):
@@ -139,7 +143,7 @@ def throw(error):
 
 @pytest.mark.parametrize("program", ["evaluate", "chat"])
 def test_a_program_without_memory_ends_with_a_sentence(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "open_target", lambda *_: throw(NO_MEMORY))
+    monkeypatch.setattr(run_folder, "open_target", lambda *_: throw(NO_MEMORY))
     more = ["--text", "Hello"] if program == "evaluate" else ["--prompt", "Hello"]
     result = CliRunner().invoke(cli.app, [program, "smollm2-135m", *more])
     assert result.exit_code == 2
@@ -157,7 +161,7 @@ def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_pat
     there = Path("my run/checkpoints/checkpoint-3")
     there.mkdir(parents=True)
     assert "--resume" not in CliRunner().invoke(cli.app, arguments).output  # nothing whole in it
-    monkeypatch.setattr("etude.checkpoints.newest", lambda _: (there, []))
+    monkeypatch.setattr("etude.training.checkpoints.newest", lambda _: (there, []))
     result = CliRunner().invoke(cli.app, arguments)
     assert "then go on with: etude train 'my run/config.yml' --resume 'output.dir=my run'" in (
         result.output.replace("\n", " ")
@@ -173,7 +177,7 @@ def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_pat
 def test_a_signal_ends_any_program_in_order(name, monkeypatch, capsys, tmp_path):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
 
-    @terminal.command
+    @console.command
     def program():
         try:
             os.kill(os.getpid(), number)
@@ -192,7 +196,7 @@ def test_a_signal_ends_any_program_in_order(name, monkeypatch, capsys, tmp_path)
 
 @pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_training_ends_after_its_step(name, code, tmp_path):
-    from etude.trainer import Stopped
+    from etude.training.trainer import Stopped
 
     loop = SimpleNamespace(stop=False, state=SimpleNamespace(global_step=3, max_steps=5))
     with (
@@ -208,7 +212,7 @@ def test_a_training_ends_after_its_step(name, code, tmp_path):
 def test_nohup_stays(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ranks.on_signals(lambda *_: pytest.fail("ended")):
+        with distributed.on_signals(lambda *_: pytest.fail("ended")):
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -250,11 +254,11 @@ def test_an_interrupt_that_a_library_wrapped_is_an_interrupt(capsys):
         raised_from(UserError("not a model"), ImportError(), KeyboardInterrupt()),
     ):
         with pytest.raises(Exception) as end:
-            terminal.command(lambda error=error: throw(error))()
+            console.command(lambda error=error: throw(error))()
         assert end.value.exit_code == 130
         assert "stopped" in capsys.readouterr().err
     with pytest.raises(ImportError):
-        terminal.command(lambda: throw(ImportError("numpy failed")))()
+        console.command(lambda: throw(ImportError("numpy failed")))()
 
 
 def test_ctrl_c_while_the_programs_are_imported_is_quiet(monkeypatch):
@@ -328,10 +332,10 @@ def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_pa
     gone, alive, elsewhere, numbered, other = (
         folder / name
         for name in (
-            f"{models._maker(child.pid)}-abc",
-            f"{models._maker(os.getppid())}-abc",
+            f"{loading._maker(child.pid)}-abc",
+            f"{loading._maker(os.getppid())}-abc",
             ".unfinished-another.host-1-abc",
-            f"{models._maker(child.pid)}-1-abc",  # of a host whose name goes on with a number
+            f"{loading._maker(child.pid)}-1-abc",  # of a host whose name goes on with a number
             "model-0123456789abcdef",
         )
     )
@@ -340,8 +344,8 @@ def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_pa
         (path / "model.safetensors").write_text("half")
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(models, "_convert", lambda _, work: (work / "model.safetensors").touch())
-    made = models.from_gguf(file)
+    monkeypatch.setattr(loading, "_convert", lambda _, work: (work / "model.safetensors").touch())
+    made = loading.from_gguf(file)
     assert sorted(folder.iterdir()) == sorted([alive, elsewhere, numbered, other, made])
 
 
@@ -350,9 +354,9 @@ def test_the_command_keeps_the_exit_code_of_a_signal(code, monkeypatch):
     """A program's Exit is raised while its KeyboardInterrupt is handled, and hides it."""
     import typer
 
-    from etude import __main__, cli, terminal
+    from etude import __main__, cli, console
 
-    @terminal.command
+    @console.command
     def program():
         raise KeyboardInterrupt("stopped", code)
 

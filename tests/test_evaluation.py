@@ -13,18 +13,23 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from typer.testing import CliRunner
 
-from etude import batching, data, evaluation, generation, lora, report, runs
-from etude import config as configuration
+from etude import evaluation
 from etude.cli import app
-from etude.conversation import Example
+from etude.config.schema import Config, normal_label
+from etude.conversation.renderer import Example
+from etude.data import dataset as data
+from etude.engine import generation, packing
 from etude.errors import UserError
+from etude.models import lora
+from etude.runs import folder as run_folder
+from etude.runs import report
 
 LABELS = ["good", "good enough", "goodness", "bad"]  # one begins another, several tokens each
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model):
-    return runs.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
+    return run_folder.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
 
 
 def brute_force(model, renderer, prompt, label):
@@ -50,7 +55,7 @@ def test_label_likelihoods_equal_brute_force(tiny):
 
 @pytest.mark.real
 def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
-    settings = configuration.Config()
+    settings = Config()
     table = data.sample(data.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0)
     prompts = [data.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
     got = evaluation.label_log_likelihoods(
@@ -128,7 +133,7 @@ def test_a_label_among_others(labels, response, label):
     assert evaluation.parse_label(response, labels[::-1]) == label
 
 
-WORDS = st.text("abAB +-#1", min_size=1, max_size=6).map(configuration.normal_label).filter(bool)
+WORDS = st.text("abAB +-#1", min_size=1, max_size=6).map(normal_label).filter(bool)
 
 
 @hypothesis.given(
@@ -277,7 +282,7 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     assert found["comparison"]["second_likelier"] == 6
     assert "Wilcoxon" in result.output
     # Perplexity by transformers' own loss, row by row.
-    target = runs.open_target(str(run), [])
+    target = run_folder.open_target(str(run), [])
     model = target.base.model
     total = tokens = 0
     table = data.read(f"{files}/pairs.jsonl", target.config.dataset)
@@ -462,14 +467,14 @@ def test_finite_weights_that_overflow_are_told_from_broken_ones(tiny_model, file
 
 def test_only_the_row_whose_own_loss_is_not_finite_is_named(tiny, monkeypatch):
     examples = [Example([5, 6 + n, 7], [False, True, True], f"x.jsonl:{n}") for n in range(4)]
-    true_losses = batching.token_losses
+    true_losses = packing.token_losses
 
     def losses(model, batch):
         found = true_losses(model, batch)
         # A pass shares its numbers: all of it is lost.
         return found * math.nan if (batch.input_ids == 8).any() else found
 
-    monkeypatch.setattr(batching, "token_losses", losses)
+    monkeypatch.setattr(packing, "token_losses", losses)
     with pytest.raises(UserError, match=r"The loss is .*: x.jsonl:2\. The model's weights are"):
         evaluation.sequence_losses(tiny.base.model, examples, tiny.config, "test")
     monkeypatch.undo()
@@ -568,8 +573,8 @@ def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
                        "dataset.test=null", f"dataset.max_length={length}")  # fmt: skip
         assert result.exit_code == 2 and re.search(said, result.output), result.output
     few = data.room_of_labels(
-        runs.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
-        configuration.Config().dataset, 512,
+        run_folder.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
+        Config().dataset, 512,
     )  # fmt: skip
     assert few == ""
 
@@ -577,10 +582,10 @@ def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
 @pytest.mark.parametrize(("dtype", "merged"), [("float32", True), ("bfloat16", False)])
 def test_what_answers_is_what_was_proven(classifier, dtype, merged):
     settings = [f"model.dtype={dtype}", "training.use_cpu=true"]
-    target = runs.open_target(str(classifier), settings)
+    target = run_folder.open_target(str(classifier), settings)
     model = target.tuned()
     assert merged != any("lora" in name for name, _ in model.named_parameters())
-    other = runs.open_target(str(classifier), settings)
+    other = run_folder.open_target(str(classifier), settings)
     proven = lora.load(other.base.model, other.adapter)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -13,11 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from etude import checkpoints, data, device, models, runs, train_with_config, trainer
-from etude import config as configuration
 from etude import main as simple_script
+from etude import train_with_config
 from etude.cli import app
+from etude.config.loading import load_config, to_yaml
+from etude.config.schema import Config
+from etude.data import dataset as data
 from etude.errors import UserError
+from etude.models import device, loading
+from etude.runs import folder as run_folder
+from etude.training import checkpoints, trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +83,7 @@ def test_a_run_folder_holds_all_and_plain_peft_loads_it(run, tiny_model):
     with torch.no_grad():
         before = base(ids).logits
         plain = PeftModel.from_pretrained(base, folder)(ids).logits
-        ours = runs.open_target(str(folder), []).tuned()(ids).logits
+        ours = run_folder.open_target(str(folder), []).tuned()(ids).logits
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
     assert not torch.equal(before, plain)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -188,7 +193,7 @@ def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp
     result = etude(*train_arguments(tiny_model, files, folder, "training.save_steps=1"))
     assert result.exit_code == 130
     assert "left at once; go on with" in result.output
-    last, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
+    last, passed_over = checkpoints.newest(folder / run_folder.CHECKPOINTS)
     assert (checkpoints.step_of(last), passed_over) == (3, [])
     monkeypatch.undo()
 
@@ -199,14 +204,14 @@ def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp
     result = etude(*train_arguments(tiny_model, files, folder, *changed, "--force"))
     assert result.exit_code == 0, result.output
     assert "--force: " in result.output
-    assert configuration.load(folder / "config.yml").training.learning_rate == 0.001
+    assert load_config(folder / "config.yml").training.learning_rate == 0.001
     # Its handlers are gone with the training.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_checkpoints_that_are_all_damaged_are_told(tiny_model, files, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    monkeypatch.setattr("etude.lora.save", lambda *_: 1 / 0)  # no checkpoint can be written
+    monkeypatch.setattr("etude.models.lora.save", lambda *_: 1 / 0)  # no checkpoint can be written
     assert etude(*train_arguments(tiny_model, files, folder)).exit_code == 1
     monkeypatch.undo()
     result = etude(*train_arguments(tiny_model, files, folder, "--resume"))
@@ -219,13 +224,13 @@ def test_checkpoints_that_are_all_damaged_are_told(tiny_model, files, tmp_path, 
 
 
 def test_what_was_found_is_written_into_the_runs_configuration():
-    settings = configuration.Config()
+    settings = Config()
     table = data.Table("file", "classification", [], "0", labels=["no", "yes"])
     place = device.choose("float32", True)
-    hub = models.Base(None, None, "some/model", "commit:abc", place)
+    hub = loading.Base(None, None, "some/model", "commit:abc", place)
     found = train_with_config.resolved(settings, table, hub)
     assert (found.dataset.labels, found.model.revision) == (["no", "yes"], "abc")
-    local = models.Base(None, None, "folder", "sha256:abc", place)
+    local = loading.Base(None, None, "folder", "sha256:abc", place)
     assert train_with_config.resolved(settings, table, local).model.revision is None
 
 
@@ -239,9 +244,9 @@ def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path
     ):
         (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(UserError, match=words):
-            runs.open_target(str(folder), [])
+            run_folder.open_target(str(folder), [])
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert runs.open_target(str(folder), []).adapter == folder
+    assert run_folder.open_target(str(folder), []).adapter == folder
 
 
 def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, tmp_path):
@@ -250,7 +255,7 @@ def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, 
     folder, _ = run
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
-    target = runs.open_target(str(tmp_path), ["training.use_cpu=true"])
+    target = run_folder.open_target(str(tmp_path), ["training.use_cpu=true"])
     assert target.base.name == str(tiny_model)
     assert target.adapter == tmp_path
 
@@ -258,7 +263,7 @@ def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, 
 def test_init_writes_the_schema_and_nothing_over_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert etude("init").exit_code == 0
-    assert (tmp_path / "config.yml").read_text() == configuration.to_yaml(configuration.Config())
+    assert (tmp_path / "config.yml").read_text() == to_yaml(Config())
     (tmp_path / "config.yml").write_text("mine")
     result = etude("init")
     assert result.exit_code == 2
@@ -268,7 +273,7 @@ def test_init_writes_the_schema_and_nothing_over_a_file(tmp_path, monkeypatch):
 
 
 def test_the_repositorys_config_is_what_init_writes():
-    assert (ROOT / "config.yml").read_text() == configuration.to_yaml(configuration.Config())
+    assert (ROOT / "config.yml").read_text() == to_yaml(Config())
 
 
 def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):
@@ -331,12 +336,12 @@ def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("etude.train_with_config.load_config", fail)
+    monkeypatch.setattr("etude.train_with_config.config_from", fail)
     result = etude("train")
     assert result.exit_code == 2
     assert words in result.output
     # The control: any other error is a bug, and keeps its traceback.
-    monkeypatch.setattr("etude.train_with_config.load_config", lambda *_: 1 / 0)
+    monkeypatch.setattr("etude.train_with_config.config_from", lambda *_: 1 / 0)
     assert isinstance(etude("train").exception, ZeroDivisionError)
 
 

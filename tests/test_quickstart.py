@@ -7,9 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from etude import batching, data, lora, runs
 from etude.cli import app
-from etude.config import Dataset, Lora
+from etude.config.schema import Dataset, Lora
+from etude.data import dataset as data
+from etude.engine import packing
+from etude.models import lora
+from etude.runs import folder as run_folder
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
@@ -63,11 +66,11 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from etude import models
+    from etude.models import loading
 
-    target = runs.open_target(str(run), [])
+    target = run_folder.open_target(str(run), [])
     ids = torch.tensor([target.renderer.prompt([{"role": "user", "content": "I love this!"}])])
-    base = AutoModelForCausalLM.from_pretrained(models.locate(models.SAMPLE), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(loading.locate(loading.SAMPLE), dtype=torch.float32)
     with torch.no_grad():
         untuned = base(ids).logits
         plain = PeftModel.from_pretrained(base, run)(ids).logits
@@ -84,21 +87,25 @@ def tweets(target, rows):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packing_is_proven_and_its_mistakes_found_out_in_either_format(dtype, monkeypatch):
-    target = runs.open_target("smollm2-135m", [f"model.dtype={dtype}", "training.use_cpu=true"])
+    target = run_folder.open_target(
+        "smollm2-135m", [f"model.dtype={dtype}", "training.use_cpu=true"]
+    )
     model, examples = target.base.model, tweets(target, 4)
     assert str(model.dtype) == f"torch.{dtype}"
-    assert batching.why_not_packed(model, 256, examples) is None
+    assert packing.why_not_packed(model, 256, examples) is None
     forward = model.forward
     for ignored in ("attention_mask", "position_ids"):
         monkeypatch.setattr(
             model, "forward", lambda off=ignored, **given: forward(**{**given, off: None})
         )
-        reason = batching.why_not_packed(model, 256, examples)
+        reason = packing.why_not_packed(model, 256, examples)
         assert reason.startswith("packed losses would differ by 0."), (ignored, reason)
 
 
 def test_packed_gradients_are_those_of_padded_rows():
-    target = runs.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
+    target = run_folder.open_target(
+        "smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"]
+    )
     torch.manual_seed(0)
     model = lora.attach(target.base.model, Lora(), "sample")
     for name, parameter in model.named_parameters():
@@ -110,17 +117,17 @@ def test_packed_gradients_are_those_of_padded_rows():
         model.zero_grad()
         total = 0.0
         for batch in passes:
-            loss = batching.token_losses(model, batch).sum() / 16
+            loss = packing.token_losses(model, batch).sum() / 16
             loss.backward()
             total += loss.item()
         found = [p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]
         return total, torch.cat(found)
 
-    packed_loss, packed = gradients(batching.pack(examples, 512))
-    padded_loss, padded = gradients(batching.pad(examples, 4))
+    packed_loss, packed = gradients(packing.pack(examples, 512))
+    padded_loss, padded = gradients(packing.pad(examples, 4))
     assert packed_loss == pytest.approx(padded_loss, rel=1e-5)
     assert padded.norm() > 0
     assert (packed - padded).norm() / padded.norm() < 1e-5
     # The control: other rows have other gradients.
-    _, other = gradients(batching.pad(examples[:7], 4))
+    _, other = gradients(packing.pad(examples[:7], 4))
     assert (other - padded).norm() / padded.norm() > 1e-2

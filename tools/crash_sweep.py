@@ -31,7 +31,11 @@ from typing import Any
 
 import typer
 
-from etude import checkpoints, files, models, proof, report, runs, terminal, train_with_config
+from etude import console, files, train_with_config
+from etude.models import loading
+from etude.runs import folder as run_folder
+from etude.runs import proof, report
+from etude.training import checkpoints
 
 OFTEN = 5  # kills from which a training counts as often killed
 ADAPTER = "adapter_model.safetensors"
@@ -58,7 +62,7 @@ class Sweep:
         """Train undisturbed in `home`; `proven`: with the proof in a new process, which takes seconds."""
         self.out, self.copy, self.log = home / "out", home / "copy", home / "log"
         self.folder = self.out / "run"  # always the same, for checkpoints hold its path
-        self.home = self.folder / runs.CHECKPOINTS
+        self.home = self.folder / run_folder.CHECKPOINTS
         self.settings = [*settings, f"output.dir={self.folder}"]
         self.draw, self.proven = random.Random(seed), proven
         self.counts: Counter[str] = Counter()
@@ -124,8 +128,8 @@ class Sweep:
 
     def end(self) -> dict[str, Any]:
         """All that a finished run ended with, except times."""
-        lines = report.read_metrics(self.folder / runs.METRICS)
-        results = runs.read_json(self.folder / runs.MANIFEST)["results"]
+        lines = report.read_metrics(self.folder / run_folder.METRICS)
+        results = run_folder.read_json(self.folder / run_folder.MANIFEST)["results"]
         return {
             "adapter": sha256((self.folder / ADAPTER).read_bytes()).hexdigest(),
             "logged losses": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
@@ -135,7 +139,9 @@ class Sweep:
             **{f"last {name}": digest for name, digest in digests(self.made()[-1]).items()},
             f"last {checkpoints.PROGRESS}": {
                 key: value
-                for key, value in runs.read_json(self.made()[-1] / checkpoints.PROGRESS).items()
+                for key, value in run_folder.read_json(
+                    self.made()[-1] / checkpoints.PROGRESS
+                ).items()
                 if key != "seconds"
             },
         }
@@ -175,9 +181,9 @@ class Sweep:
             where = "after the last checkpoint" if self.step == self.steps else where
             self.counts[f"kills {where}"] += 1
             self.counts["locks of killed processes taken over"] += (
-                self.folder / runs.LOCK
+                self.folder / run_folder.LOCK
             ).exists()
-            if (self.folder / runs.MANIFEST).is_file():  # the kill came when all was done
+            if (self.folder / run_folder.MANIFEST).is_file():  # the kill came when all was done
                 code, kills = 0, kills + 1
                 break
         must(code == 0, f"the training ended with exit code {code}")
@@ -235,7 +241,7 @@ class Sweep:
         weights, last = bytearray((newest / ADAPTER).read_bytes()), f"last {ADAPTER}"
         weights[-6] ^= 0x10  # in the mantissa of a weight
         state, progress = "state.safetensors", checkpoints.PROGRESS
-        earlier, later = (runs.read_json(folder / progress) for folder in (before, newest))
+        earlier, later = (run_folder.read_json(folder / progress) for folder in (before, newest))
         later["scheduler"] = earlier["scheduler"]
         controls = [
             ("moments and random states of the step before", state, (before / state).read_bytes()),
@@ -274,7 +280,7 @@ def prepare(home: Path, rows: int, tiny: bool) -> list[str]:
     if tiny:
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-        tokenizer = AutoTokenizer.from_pretrained(models.locate(models.SAMPLE))
+        tokenizer = AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE))
         tokenizer.save_pretrained(home / "tiny")
         sizes: Any = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
         config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
@@ -316,10 +322,10 @@ def main() -> int:
     from matplotlib.backends import backend_agg  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from etude import trainer  # noqa: F401
+    from etude.training import trainer  # noqa: F401
 
     gc.freeze()  # a child need not look through all that again
-    terminal.quiet_transformers()
+    console.quiet_transformers()
     home, begun = Path(tempfile.mkdtemp(prefix="crash-sweep-")), time.monotonic()
     try:
         counts = sweep(options, home)

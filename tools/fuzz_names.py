@@ -172,9 +172,14 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     import filelock  # noqa: F401
     import huggingface_hub  # noqa: F401
 
-    from etude import config, dialogue, evaluation, lora, models, runs, sources
+    from etude import evaluation
     from etude import train_with_config as training
+    from etude.config.loading import load_config, preset_path
+    from etude.conversation import history
+    from etude.data import readers
     from etude.errors import UserError
+    from etude.models import loading, lora
+    from etude.runs import folder as run_folder
 
     before = Path.cwd()
     os.chdir(root)
@@ -184,7 +189,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
 
     def load(name: str, *_: object) -> None:
         # Up to the model: the rest is transformers', on a folder that has passed.
-        models.locate(name)
+        loading.locate(name)
         raise UserError("the model is not loaded here")
 
     def report(name: str) -> None:
@@ -192,10 +197,10 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
             (folder / "report.json").write_text("{}")
 
     def output(name: str) -> None:
-        training.open_folder(config.load(None, overrides=[f"output.dir={name}"]), None)
+        training.open_folder(load_config(None, overrides=[f"output.dir={name}"]), None)
 
     def save(name: str) -> None:
-        dialogue.save(dialogue.Conversation(), Path(os.path.expanduser(name)))
+        history.save(history.Conversation(), Path(os.path.expanduser(name)))
 
     def in_adapter(name: str) -> None:
         values = {
@@ -205,7 +210,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
             "target_modules": [name],
         }
         Path("adapter/adapter_config.json").write_text(json.dumps(values))
-        models.locate(runs.open_config("adapter", []).model.name)
+        loading.locate(run_folder.open_config("adapter", []).model.name)
 
     def in_modules(name: str) -> None:
         lora.describe(Path("adapter"))
@@ -214,7 +219,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
         index = Path("model/model.safetensors.index.json")
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         try:
-            models.locate("model")
+            loading.locate("model")
         finally:
             index.unlink()
 
@@ -222,7 +227,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
         file = Path("model/tokenizer_config.json")
         file.write_text(json.dumps({"fast_tokenizer_files": [name]}))
         try:
-            models.locate("model")
+            loading.locate("model")
         finally:
             file.unlink()
 
@@ -257,25 +262,27 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     def convert(file: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(bytes(8))
 
-    converter, models._convert = models._convert, convert
-    loader, models.load = models.load, load  # type: ignore[assignment]
+    converter, loading._convert = loading._convert, convert
+    loader, loading.load = loading.load, load  # type: ignore[assignment]
     try:
         for name in ["runs/run", *names(count, seed)]:
             if not impossible.search(name):
-                attempt("a run to open", lambda name: runs.open_target(name, []), name, typed=True)
+                attempt(
+                    "a run to open", lambda name: run_folder.open_target(name, []), name, typed=True
+                )
                 own = is_adapter(name)
                 attempt("a report's folder", report, name, typed=True, writable=own)
                 attempt("output.dir", output, name, typed=True)
-                attempt("a data file", sources.read, name + ".jsonl", typed=True)
-                attempt("a preset", config.preset_path, name, typed=True)
+                attempt("a data file", readers.read, name + ".jsonl", typed=True)
+                attempt("a preset", preset_path, name, typed=True)
                 attempt("/save", save, name, typed=True, writable=True)
                 attempt(
                     "/load",
-                    lambda name: dialogue.load(Path(os.path.expanduser(name))),
+                    lambda name: history.load(Path(os.path.expanduser(name))),
                     name,
                     typed=True,
                 )
-            attempt("a model", models.locate, name, typed=True)
+            attempt("a model", loading.locate, name, typed=True)
             attempt("a base in an adapter", in_adapter, name, typed=True)
             attempt("layers in an adapter", in_modules, name, typed=False)
             attempt("a file in a weight index", in_index, name, typed=False)
@@ -289,7 +296,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
             watch.violations = []
         watch.violations = found
     finally:
-        models.load, models._convert = loader, converter
+        loading.load, loading._convert = loader, converter
         os.chdir(before)
         shutil.rmtree(home)
     return watch, ends, crashes

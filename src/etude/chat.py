@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from etude import config as configuration
-from etude import lora, models, runs, terminal
-from etude.config import Generation
-from etude.conversation import RenderError
-from etude.dialogue import Conversation, fit, load, save
+from etude import console
+from etude.config.loading import parse_override
+from etude.config.schema import Generation
+from etude.conversation.history import Conversation, fit, load, save
+from etude.conversation.renderer import RenderError
+from etude.engine.generation import Response, generate
 from etude.errors import UserError, command, nearest, shortage
-from etude.foreign import expanded
-from etude.generation import Response, generate
+from etude.files import expanded
+from etude.models import loading, lora
+from etude.runs import folder as run_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -47,7 +49,7 @@ def sampling(key: str) -> Any:
     return typer.Option(help=about, rich_help_panel="Sampling (default: the run's configuration)")
 
 
-@terminal.command
+@console.command
 def chat(
     arguments: Annotated[
         list[str] | None,
@@ -69,7 +71,7 @@ def chat(
 ) -> None:
     """Chat with a run or a model. Text from a pipe is one prompt, answered once."""
     options = {key: value for key, value in locals().items() if key in Generation.model_fields}
-    name, overrides = terminal.split_arguments(arguments or [])
+    name, overrides = console.split_arguments(arguments or [])
     overrides += [
         f"generation.{key}={value}" for key, value in options.items() if value is not None
     ]
@@ -79,9 +81,9 @@ def chat(
     name = name or default_target(overrides)
     if question is None:
         say(f"Loading {name} ...")
-    terminal.quiet_transformers()
-    runs.refuse_live(name)
-    target = runs.open_target(name, overrides)
+    console.quiet_transformers()
+    run_folder.refuse_live(name)
+    target = run_folder.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
     try:
         if question is None:
@@ -125,15 +127,15 @@ def default_target(overrides: Sequence[str]) -> str:
         folder = str(adapters[-1].parent)
         say(f"The newest run: {folder}")
         return folder
-    say(f"No run under runs/ yet: this is the sample model, {models.SAMPLE}, untuned")
-    return models.SAMPLE
+    say(f"No run under runs/ yet: this is the sample model, {loading.SAMPLE}, untuned")
+    return loading.SAMPLE
 
 
 class Talk:
     """A model in conversation: what is said, how it is sampled, the terminal it is shown on."""
 
     def __init__(
-        self, target: runs.Target, conversation: Conversation, compare: bool, quiet: bool
+        self, target: run_folder.Target, conversation: Conversation, compare: bool, quiet: bool
     ) -> None:
         """Take the model to answer with; `quiet` says nothing about an answer that is whole."""
         if compare and target.adapter is None:
@@ -147,7 +149,7 @@ class Talk:
             self.model = lora.load(target.base.model, target.adapter)
         else:
             self.model = target.tuned()
-        self.window: int | None = models.window(self.model.config)
+        self.window: int | None = loading.window(self.model.config)
 
     def ask(self, text: str) -> Response:
         """Ask and show the answer."""
@@ -191,12 +193,12 @@ class Talk:
         if dropped:
             say(f"The window is full; turns at the beginning that were not sent: {dropped}")
         if self.compare:
-            terminal.out.print("base:", style="bold")
+            console.out.print("base:", style="bold")
             with self.model.disable_adapter():
                 base = self._write(ids, settings)
             if base.interrupted:
                 raise KeyboardInterrupt
-            terminal.out.print("\ntuned:", style="bold")
+            console.out.print("\ntuned:", style="bold")
         response = self._write(ids, settings)
         if response.interrupted and not response.text:
             raise KeyboardInterrupt
@@ -228,7 +230,7 @@ class Writer:
 
     def __call__(self, piece: str) -> None:
         """Write `piece`, but for white space that nothing has followed yet."""
-        text = self._held + terminal.printable(piece)
+        text = self._held + console.printable(piece)
         text = text if self._begun else text.lstrip()
         shown = text.rstrip()
         self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
@@ -237,7 +239,7 @@ class Writer:
 
 def say(text: str, style: str = "dim") -> None:
     """A notice to the person, on stderr."""
-    terminal.err.print(terminal.printable(text), style=style, markup=False)
+    console.err.print(console.printable(text), style=style, markup=False)
 
 
 # --- the conversation in a terminal ----------------------------------------------------------
@@ -307,7 +309,7 @@ def prompt_session() -> "PromptSession[str]":
         event.current_buffer.insert_text("\n")
 
     history: History
-    file = models.cache_folder() / "history"
+    file = loading.cache_folder() / "history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -380,7 +382,7 @@ def changed(settings: Generation, key: str, value: str) -> Generation:
         raise UserError(f"/set {key}: no such setting; {hint}")
     if not value:
         raise UserError(f"/set {key}: the value is missing ({fields[key].description})")
-    values = configuration.parse_override(f"generation.{key}={value}").values["generation"]
+    values = parse_override(f"generation.{key}={value}").values["generation"]
     try:
         return Generation.model_validate({**settings.model_dump(), **values})
     except ValidationError as error:
@@ -412,4 +414,4 @@ def overview(talk: Talk) -> str:
 
 
 if __name__ == "__main__":
-    terminal.run(chat)
+    console.run(chat)

@@ -13,19 +13,25 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from etude import batching, data, generation, lora, metrics, quality, report, runs, terminal
-from etude import config as configuration
-from etude.config import Config, normal_label
-from etude.conversation import Example, Message, Renderer, RenderError
+from etude import console
+from etude.config.loading import check_config, key_paths, value_at
+from etude.config.schema import Config, normal_label
+from etude.conversation.renderer import Example, Message, Renderer, RenderError
+from etude.data import dataset as data
+from etude.engine import generation, packing
 from etude.errors import UserError, command
-from etude.foreign import expanded
-from etude.models import not_finite
-from etude.models import window as window_of
+from etude.files import expanded
+from etude.measure import metrics, quality
+from etude.models import lora
+from etude.models.loading import not_finite
+from etude.models.loading import window as window_of
+from etude.runs import folder as run_folder
+from etude.runs import report
 
 ANSWER_TOKENS = 16  # room after a prompt: a label and its end
 
 
-@terminal.command
+@console.command
 def evaluate(
     arguments: Annotated[
         list[str] | None,
@@ -44,21 +50,21 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model: labels or responses against a data set, or the response to one text."""
-    name, overrides = terminal.split_arguments(arguments or [])
+    name, overrides = console.split_arguments(arguments or [])
     if name is None:
         raise UserError(
             "command line: which run or model? For example: etude evaluate runs/quickstart"
         )
     # Config and data first: their faults show before a model is loaded.
-    runs.refuse_live(name)
-    settings = runs.open_config(name, overrides)
+    run_folder.refuse_live(name)
+    settings = run_folder.open_config(name, overrides)
     if base and not lora.is_adapter(expanded(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
         if not text.strip() or data_file or out:
             raise UserError("--text takes one text that is not empty, and neither --data nor --out")
         for title, model, target in models(name, overrides, base):
-            terminal.say(title, name if title == "tuned" else target.base.name)
+            console.say(title, name if title == "tuned" else target.base.name)
             single(model, target, text)
         return
     table = read_table(settings, data_file)
@@ -84,23 +90,23 @@ def evaluate(
             aside(notice)
         report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
-        terminal.out.print(block)
-    terminal.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
+        console.out.print(block)
+    console.say("saved", f"{folder}/report.md, report.json, predictions.jsonl")
 
 
 def aside(notice: str) -> None:
     """Print a notice on stderr: stdout holds the tables, which may be piped."""
-    terminal.err.print(f"notice    {terminal.printable(notice)}")
+    console.err.print(f"notice    {console.printable(notice)}")
 
 
 def models(
     name: str, overrides: list[str], with_base: bool
-) -> Iterator[tuple[str, Any, runs.Target]]:
+) -> Iterator[tuple[str, Any, run_folder.Target]]:
     """The models to measure, one after the other in the same memory: base, then tuned."""
-    terminal.quiet_transformers()
-    target = runs.open_target(name, overrides)
-    terminal.err.print(f"device    {target.base.device.why}")
-    for difference in runs.changes_since(expanded(name)):
+    console.quiet_transformers()
+    target = run_folder.open_target(name, overrides)
+    console.err.print(f"device    {target.base.device.why}")
+    for difference in run_folder.changes_since(expanded(name)):
         aside(f"since the training: {difference}")
     if with_base:
         yield "base", target.base.model, target
@@ -134,13 +140,13 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
     """
     if out:
         folder = expanded(str(out))
-        with runs.held(folder):
-            there = runs.entries(folder)
+        with run_folder.held(folder):
+            there = run_folder.entries(folder)
             if there:
                 what = "a report" if "report.json" in there else ", ".join(there[:5])
                 raise UserError(
                     f"--out: {folder} holds {what} already; give a new folder: "
-                    f"{command('--out', runs.free(folder))}"
+                    f"{command('--out', run_folder.free(folder))}"
                 )
             yield folder
         return
@@ -154,17 +160,17 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
             folder = home / (f"evaluation-{number}" if number > 1 else "evaluation")
             if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
                 continue
-            if folder.is_dir() and runs.entries(folder):
+            if folder.is_dir() and run_folder.entries(folder):
                 continue
-            with contextlib.suppress(runs.Busy):
-                stack.enter_context(runs.held(folder))
-                if not runs.entries(folder):
+            with contextlib.suppress(run_folder.Busy):
+                stack.enter_context(run_folder.held(folder))
+                if not run_folder.entries(folder):
                     break
                 stack.close()  # another process was quicker
         yield folder
 
 
-def measure(model: Any, target: runs.Target, table: data.Table, name: str) -> dict[str, Any]:
+def measure(model: Any, target: run_folder.Target, table: data.Table, name: str) -> dict[str, Any]:
     """Every figure of one model on one data set, and what it said to every row."""
     settings, renderer = target.config, target.renderer
     function = measure_labels if table.format == "classification" else measure_responses
@@ -490,13 +496,13 @@ def respond(
     ids = [renderer.prompt(prompt) for prompt in prompts]
     room = (window_of(model.config) or math.inf) - max(map(len, ids))
     if room < greedy.max_new_tokens:
-        terminal.err.print(
+        console.err.print(
             f"notice    {name}: the model's window leaves the longest prompt {room} tokens for an "
             f"answer, fewer than generation.max_new_tokens {greedy.max_new_tokens}"
         )
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     responses: dict[int, generation.Response] = {}
-    with terminal.bar(f"{name}: responses", len(order)) as advance:
+    with console.bar(f"{name}: responses", len(order)) as advance:
         for start in range(0, len(order), settings.evaluation.batch_size):
             chosen = order[start : start + settings.evaluation.batch_size]
             answers = generation.generate(
@@ -529,20 +535,20 @@ def sequence_losses(
     if beyond and window:
         raise data.beyond_window(list(dict(beyond).items()), window, "Shorten them.")
     longest = max(map(len, examples))
-    cutter = batching.Cutter.of(model, settings.evaluation.batch_size, longest, examples)
+    cutter = packing.Cutter.of(model, settings.evaluation.batch_size, longest, examples)
 
-    def told(advance: Any) -> Iterator[batching.Pass]:
+    def told(advance: Any) -> Iterator[packing.Pass]:
         for batch in cutter(examples):
             yield batch
             advance(len(batch.owner.unique()))
 
     model.eval()
-    with torch.inference_mode(), terminal.bar(f"{name}: likelihoods", len(examples)) as advance:
-        sums = batching.sum_by_example(model, told(advance), len(examples))
+    with torch.inference_mode(), console.bar(f"{name}: likelihoods", len(examples)) as advance:
+        sums = packing.sum_by_example(model, told(advance), len(examples))
         wrong = [examples[at] for at in (~sums.isfinite()).nonzero()[:, 0].tolist()]
         if wrong:
             # A pass shares its numbers; of many such rows the first will do to find the guilty ones.
-            rows = batching.culprits(model, cutter, wrong[:64]) or [one.origin for one in wrong]
+            rows = packing.culprits(model, cutter, wrong[:64]) or [one.origin for one in wrong]
             raise not_finite(model, "The loss", [row or "the text" for row in rows])
     return cast(list[float], sums.tolist())
 
@@ -550,7 +556,7 @@ def sequence_losses(
 # --- one text --------------------------------------------------------------------------------
 
 
-def single(model: Any, target: runs.Target, text: str) -> None:
+def single(model: Any, target: run_folder.Target, text: str) -> None:
     """Answer one text; print the response, its quality and perplexity, or the labels."""
     settings, renderer = target.config, target.renderer
     labels = settings.dataset.labels
@@ -562,23 +568,23 @@ def single(model: Any, target: runs.Target, text: str) -> None:
         )
         ranked = sorted(zip(softmax(scores), labels, strict=True), reverse=True)
         for share, label in ranked:
-            terminal.out.print(f"{label:<16} {share:6.1%}")
+            console.out.print(f"{label:<16} {share:6.1%}")
     (response,) = generation.generate(
         model, renderer, [renderer.prompt(prompt)], settings.generation, None, ["--text"]
     )
-    terminal.say("response", response.text)
+    console.say("response", response.text)
     if labels:
         return
     judgement = judge(text, response, settings)
     shares = ", ".join(f"{name} {share:.2f}" for name, share in judgement["shares"].items())
-    terminal.say("quality", f"{judgement['label']} ({judgement['score']:.2f}: {shares})")
+    console.say("quality", f"{judgement['label']} ({judgement['score']:.2f}: {shares})")
     if response.text:
         try:
             answer = last_answer(
                 renderer.render([*prompt, {"role": "assistant", "content": response.text}])
             )
         except RenderError as error:  # thoughts of a reasoning model, say
-            terminal.say("perplexity", f"not measured: {error}")
+            console.say("perplexity", f"not measured: {error}")
             return
         if not response.finished:  # the end token is the template's, not the model's
             supervised = answer.supervised
@@ -590,7 +596,7 @@ def single(model: Any, target: runs.Target, text: str) -> None:
         (loss,) = sequence_losses(model, [answer], settings, "perplexity")
         figures = mean_and_perplexity(loss, answer.targets)
         value = report.perplexity(figures)
-        terminal.say("perplexity", f"{value} of the response under the model itself")
+        console.say("perplexity", f"{value} of the response under the model itself")
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -616,20 +622,20 @@ def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
     A run's are those that its manifest says it was trained with; its config.yml may have changed since.
     """
     folder = expanded(name)
-    before = configuration.Config().model_copy(update={"model": settings.model})
+    before = Config().model_copy(update={"model": settings.model})
     with contextlib.suppress(UserError):  # a run of another version, or faults that overrides fix
-        if (folder / runs.MANIFEST).is_file():
-            before = configuration.check(runs.read_manifest(folder, "config")["config"], {})
+        if (folder / run_folder.MANIFEST).is_file():
+            before = check_config(run_folder.read_manifest(folder, "config")["config"], {})
         else:
-            before = runs.open_config(name, [])
-    keys = [key for key in configuration.key_paths() if key.startswith(DECIDING)]
-    values = {key: configuration.value(settings, key) for key in keys}
+            before = run_folder.open_config(name, [])
+    keys = [key for key in key_paths() if key.startswith(DECIDING)]
+    values = {key: value_at(settings, key) for key in keys}
     return {
         "settings": values,
         "overridden": {
-            key: {"before": configuration.value(before, key), "now": value}
+            key: {"before": value_at(before, key), "now": value}
             for key, value in values.items()
-            if value != configuration.value(before, key)
+            if value != value_at(before, key)
         },
     }
 
@@ -657,7 +663,7 @@ def assemble(
             for model, figures in measured.items()
         },
         **settings_in_force(name, settings),
-        "environment": runs.environment(),
+        "environment": run_folder.environment(),
     }
     if len(measured) == 2:
         first, second = measured["base"], measured["tuned"]
@@ -671,4 +677,4 @@ def assemble(
 
 
 if __name__ == "__main__":
-    terminal.run(evaluate)
+    console.run(evaluate)

@@ -1,13 +1,17 @@
 """How files are written: whole or not at all, never through a link, and new ones over nothing."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
@@ -130,3 +134,77 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- reading what others wrote ---
+
+TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
+
+
+def expanded(name: str) -> Path:
+    """The path that a user wrote, with ~ for a home; of a user who is not there, as it stands."""
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # half a character in the user's name
+        return Path(name)
+
+
+def open_bytes(path: Path, limit: int) -> BinaryIO:
+    """A regular file, open to read its bytes: a pipe, a device or a folder would hang or never end.
+
+    Raises:
+        OSError: not there, no regular file, or larger than `limit` bytes.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if facts.st_size > limit:
+        size = f"{facts.st_size:,} bytes, and at most {limit:,} are read"
+        raise OSError(errno.EFBIG, size, str(path))
+    return path.open("rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file, as `open_bytes` opens it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_bytes(path, limit) as stream:
+        return stream.read()
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """The text of a regular UTF-8 file.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read as that.
+    """
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        ValueError: what is wrong, without the file's name.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def usual_mode(path: Path) -> None:
+    """Give `path` the mode that a new file or folder has here, by the umask.
+
+    What was written through a temporary file, as safetensors and mkdtemp do, only its owner may read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -14,27 +14,26 @@ from typing import Annotated, Any
 
 import typer
 
-from etude import (
-    batching,
-    checkpoints,
-    data,
-    device,
-    files,
-    lora,
-    models,
-    plan,
-    proof,
-    ranks,
-    rehearsal,
-    report,
-    runs,
-    terminal,
+from etude import console, distributed, files
+from etude.config.loading import (
+    check_config,
+    key_paths,
+    load_config,
+    preset_names,
+    to_yaml,
+    value_at,
 )
-from etude import config as configuration
-from etude.config import Config
-from etude.conversation import Example, Renderer
+from etude.config.schema import Config
+from etude.conversation.renderer import Example, Renderer
+from etude.data import dataset as data
+from etude.engine import packing
 from etude.errors import UserError, command, first_line, shortage
-from etude.foreign import expanded
+from etude.files import expanded
+from etude.models import device, loading, lora
+from etude.runs import folder as run_folder
+from etude.runs import proof, report
+from etude.training import checkpoints, rehearsal
+from etude.training import memory as plan
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ Arguments = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option(help="config file, as an option")]
 Presets = Annotated[
     list[str] | None,
-    typer.Option(help=f"{', '.join(configuration.preset_names())}, or a .yml file"),
+    typer.Option(help=f"{', '.join(preset_names())}, or a .yml file"),
 ]
 
 
@@ -62,7 +61,7 @@ RESOLVED = ("dataset.labels", "model.revision")
 TRAINED_BY = ("model", "lora", "dataset", "training")
 
 
-@terminal.command
+@console.command
 def train(
     arguments: Arguments = None,
     config: ConfigFile = None,
@@ -83,7 +82,7 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
-    settings = load_config(arguments or [], config, preset or [])
+    settings = config_from(arguments or [], config, preset or [])
     with resumable(expanded(settings.output.dir)):
         run_training(settings, resume, force)
 
@@ -99,13 +98,13 @@ def run_training(
     Raises:
         UserError: whatever stands in the way, or a proof that fails.
     """
-    terminal.start_log()
+    console.start_log()
     training = settings.training
-    ranks.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
+    distributed.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
     folder = expanded(settings.output.dir)
     refuse_taken(folder)
     # One of several processes writes for all.
-    with runs.held(folder) if ranks.FIRST else contextlib.nullcontext():
+    with run_folder.held(folder) if distributed.FIRST else contextlib.nullcontext():
         _train_in(folder, settings, resume, force, again)
 
 
@@ -124,19 +123,19 @@ def _train_in(
     if again:
         check_data(again, tables)
     place = choose_device(settings)
-    terminal.quiet_transformers()
+    console.quiet_transformers()
     # Whether it fits is known from the model's shape, before its weights are loaded.
-    outline = models.outline(settings.model.name, settings.model.revision)
+    outline = loading.outline(settings.model.name, settings.model.revision)
     # For a template that writes it: a run that goes on, or is repeated, has the day it began with.
-    date = runs.recorded_date(folder) if checkpoint else runs.today()
+    date = run_folder.recorded_date(folder) if checkpoint else run_folder.today()
     if again:
-        date = runs.date_of(again["chat_format"], Path("the run to repeat")) or date
-    renderer = runs.renderer_for(outline, settings, date)
-    examples, reports = encode(tables, renderer, settings, models.window(outline.config))
+        date = run_folder.date_of(again["chat_format"], Path("the run to repeat")) or date
+    renderer = run_folder.renderer_for(outline, settings, date)
+    examples, reports = encode(tables, renderer, settings, loading.window(outline.config))
     show_data(examples, reports, outline.tokenizer)
     planned, _ = make_plan(settings, outline, place, examples, force)
 
-    base = models.load(
+    base = loading.load(
         settings.model.name,
         place,
         settings.model.revision,
@@ -144,8 +143,8 @@ def _train_in(
         outline,
     )
     if again:
-        runs.check_base("the run to repeat", again, base)
-    terminal.say("model", f"{base.name} ({base.identity[:19]})")
+        run_folder.check_base("the run to repeat", again, base)
+    console.say("model", f"{base.name} ({base.identity[:19]})")
 
     import transformers
 
@@ -153,43 +152,43 @@ def _train_in(
     transformers.set_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name, base.identity)
     parameters = str(lora.count(model))
-    terminal.say(
+    console.say(
         "adapter", f"r={settings.lora.r} on {', '.join(settings.lora.target_modules)}: {parameters}"
     )
 
     settings = resolved(settings, tables["train"], base)
-    if ranks.FIRST:
+    if distributed.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force, renderer.date)
-        terminal.log_to(folder / runs.LOG)
+        console.log_to(folder / run_folder.LOG)
     results = fit(model, settings, place, examples, folder, checkpoint)
     results["memory"] = {
         "plan": planned and dataclasses.asdict(planned),
         "planned": planned and planned.peak,
         "peak": device.used_memory(place.name, peak=True),
     }
-    if not ranks.FIRST:
+    if not distributed.FIRST:
         return
 
     with files.scratch(folder) as work:
         lora.save(model, work)
         for name in (lora.WEIGHTS, lora.ADAPTER_CONFIG):  # PEFT adds a card, and ours comes later
-            runs.move_in(folder, work / name)
+            run_folder.move_in(folder, work / name)
     fingerprints = {split: table.fingerprint for split, table in tables.items()}
     digest = proof.expect(folder, model, settings, examples, fingerprints, results["eval_loss"])
     # The new process needs the memory in which this one holds its model.
     base = dataclasses.replace(base, model=None)
     del model
     device.free_memory()
-    terminal.say("proof", proof.in_a_new_process(folder))
+    console.say("proof", proof.in_a_new_process(folder))
     manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
     manifest["adapter"] = {"sha256": digest}
     card = report.model_card(settings, manifest, parameters)
-    runs.write(folder, runs.CARD, card)
+    run_folder.write(folder, run_folder.CARD, card)
     with files.scratch(folder) as work:
-        report.loss_plot(folder / runs.METRICS, work / runs.PICTURE)
-        runs.move_in(folder, work / runs.PICTURE)
+        report.loss_plot(folder / run_folder.METRICS, work / run_folder.PICTURE)
+        run_folder.move_in(folder, work / run_folder.PICTURE)
     # Last: a folder with a manifest is a finished run.
-    runs.write(folder, runs.MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+    run_folder.write(folder, run_folder.MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
     show_end(settings, results)
 
 
@@ -208,8 +207,8 @@ def resumable(folder: Path) -> Iterator[None]:
         lack = shortage(error, folder)
         if not lack:
             raise
-        newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
-        then = f"; then {runs.go_on(folder)}" if newest else ""
+        newest, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+        then = f"; then {run_folder.go_on(folder)}" if newest else ""
         raise UserError(f"{lack}{then}") from error
 
 
@@ -217,27 +216,27 @@ def choose_device(settings: Config) -> device.Device:
     """The device and number format of a training, told with the reason."""
     model, training = settings.model, settings.training
     place = device.choose(model.dtype, training.use_cpu, training.fp16, training.bf16)
-    terminal.say("device", place.why)
+    console.say("device", place.why)
     return place
 
 
-def load_config(arguments: list[str], option: Path | None, presets: list[str]) -> Config:
+def config_from(arguments: list[str], option: Path | None, presets: list[str]) -> Config:
     """The configuration from a file (an argument, --config, or ./config.yml), presets and settings.
 
     Raises:
         UserError: no configuration at all, two files, or faults in it.
     """
-    name, overrides = terminal.split_arguments(arguments)
+    name, overrides = console.split_arguments(arguments)
     if name and option:
         raise UserError(f"command line: two configurations, {name} and {option}; give one")
     path = Path(name) if name else option
-    if path is None and Path(runs.CONFIG).is_file():
-        path = Path(runs.CONFIG)
+    if path is None and Path(run_folder.CONFIG).is_file():
+        path = Path(run_folder.CONFIG)
     if path is None and not presets:
         raise UserError(
             "There is no config.yml here. Write one with `etude init`, or name yours: etude train FILE"
         )
-    return configuration.load(path, presets, overrides)
+    return load_config(path, presets, overrides)
 
 
 def open_folder(
@@ -251,13 +250,15 @@ def open_folder(
     """
     folder = expanded(settings.output.dir)
     refuse_taken(folder)
-    if ranks.FIRST and runs.started(folder):
+    if distributed.FIRST and run_folder.started(folder):
         # The configuration is compared below, and is replaced only where it must be.
-        runs.refuse_foreign(folder, [name for name in runs.PRODUCTS if name != runs.CONFIG])
-    other = runs.elsewhere(folder)
-    checkpoint, passed_over = checkpoints.newest(folder / runs.CHECKPOINTS)
+        run_folder.refuse_foreign(
+            folder, [name for name in run_folder.PRODUCTS if name != run_folder.CONFIG]
+        )
+    other = run_folder.elsewhere(folder)
+    checkpoint, passed_over = checkpoints.newest(folder / run_folder.CHECKPOINTS)
     for notice in passed_over:
-        terminal.notice(notice)
+        console.notice(notice)
     if checkpoint is None and passed_over:
         raise UserError(
             f"output.dir: {folder} holds no checkpoint that is whole, so there is nothing to go on from. "
@@ -278,22 +279,22 @@ def open_folder(
             f"start another: {other}"
         )
     # As noted at the start, for config.yml may have been edited since.
-    facts = runs.started(folder) or {}
+    facts = run_folder.started(folder) or {}
     noted = facts.get("config")
     stored = (
-        configuration.check(noted, {})
+        check_config(noted, {})
         if isinstance(noted, dict)
-        else configuration.load(folder / runs.CONFIG)
+        else load_config(folder / run_folder.CONFIG)
     )
     differing = {
-        key: (configuration.value(stored, key), configuration.value(settings, key))
-        for key in configuration.key_paths()
+        key: (value_at(stored, key), value_at(settings, key))
+        for key in key_paths()
         if key.partition(".")[0] in TRAINED_BY
         # What was left open at the start was written out when it was found.
-        and not (key in RESOLVED and configuration.value(settings, key) is None)
+        and not (key in RESOLVED and value_at(settings, key) is None)
     }
     processes = checkpoints.read_progress(checkpoint)["processes"]
-    differing["processes"] = (processes, ranks.WORLD)
+    differing["processes"] = (processes, distributed.WORLD)
     changes = "; ".join(
         f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
     )
@@ -301,7 +302,7 @@ def open_folder(
         program = ["etude", "train"]
         if processes > 1:
             program = ["torchrun", "--nproc_per_node", str(processes), "-m", train.__module__]
-        same = command(*program, folder / runs.CONFIG, "--resume", f"output.dir={folder}")
+        same = command(*program, folder / run_folder.CONFIG, "--resume", f"output.dir={folder}")
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
@@ -314,19 +315,19 @@ def refuse_taken(folder: Path) -> None:
     """Raise UserError if `folder` holds a finished run, or anything that no training of Etude wrote."""
     if folder.exists() and not folder.is_dir():
         raise UserError(
-            f"output.dir: {folder} exists and is no folder; choose another: {runs.elsewhere(folder)}"
+            f"output.dir: {folder} exists and is no folder; choose another: {run_folder.elsewhere(folder)}"
         )
-    there = runs.entries(folder) if folder.is_dir() else []
-    if there and runs.is_finished(folder):
+    there = run_folder.entries(folder) if folder.is_dir() else []
+    if there and run_folder.is_finished(folder):
         raise UserError(
             f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder: "
-            f"{runs.elsewhere(folder)}"
+            f"{run_folder.elsewhere(folder)}"
         )
-    if there and runs.started(folder) is None:
+    if there and run_folder.started(folder) is None:
         more = f" and {len(there) - 5:,} more" if len(there) > 5 else ""
         raise UserError(
             f"output.dir: {folder} is not a run: it holds {', '.join(there[:5])}{more}, which no training of "
-            f"Etude wrote there, and which stays as it is. Choose another folder: {runs.elsewhere(folder)}"
+            f"Etude wrote there, and which stays as it is. Choose another folder: {run_folder.elsewhere(folder)}"
         )
 
 
@@ -334,7 +335,7 @@ def refuse_unless(force: bool, problem: str) -> None:
     """Raise `problem` as a UserError, or with `force` only tell it."""
     if not force:
         raise UserError(f"--resume: {problem}")
-    terminal.notice(f"--force: {problem}")
+    console.notice(f"--force: {problem}")
 
 
 def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
@@ -359,7 +360,7 @@ def start_folder(
     checkpoint: Path | None,
     settings: Config,
     tables: dict[str, data.Table],
-    base: models.Base,
+    base: loading.Base,
     force: bool,
     date: datetime.date | None = None,
 ) -> None:
@@ -373,23 +374,23 @@ def start_folder(
         **{f"{split} data": table.fingerprint for split, table in tables.items()},
         "labels": tables["train"].labels,
     }
-    environment = runs.environment()
-    metrics, lines = folder / runs.METRICS, []
+    environment = run_folder.environment()
+    metrics, lines = folder / run_folder.METRICS, []
     if checkpoint:
-        stored = runs.started(folder) or runs.read_json(folder / runs.STARTED)
+        stored = run_folder.started(folder) or run_folder.read_json(folder / run_folder.STARTED)
         before = stored.get("environment")
         if not isinstance(before, dict):
             raise UserError(
-                f"{folder / runs.STARTED}: no environment in it; the run is damaged, train it again"
+                f"{folder / run_folder.STARTED}: no environment in it; the run is damaged, train it again"
             )
-        for difference in runs.environment_differences(before, environment):
-            terminal.notice(f"since the training began: {difference}")
+        for difference in run_folder.environment_differences(before, environment):
+            console.notice(f"since the training began: {difference}")
         differing = [key for key in facts if facts[key] != stored.get(key)]
         if differing:
             refuse_unless(
                 force,
                 f"since {folder} was started, these changed: {', '.join(differing)}. Bring them back, "
-                f"start another run: {runs.elsewhere(folder)}; or go on all the same: --force",
+                f"start another run: {run_folder.elsewhere(folder)}; or go on all the same: --force",
             )
         # What was logged after the checkpoint is about to happen again; a torn last line goes too.
         step = checkpoints.step_of(checkpoint)
@@ -397,12 +398,12 @@ def start_folder(
     files.clear(folder)
     # The date that the template writes: of a resumed run, the one that it was begun with.
     started = {**facts, "date": date and date.isoformat(), "environment": environment}
-    runs.begin(folder, started | {"config": settings.model_dump(mode="json")})
+    run_folder.begin(folder, started | {"config": settings.model_dump(mode="json")})
     # One that was edited and says the same stays as it is, its comments too.
-    file = folder / runs.CONFIG
-    if not file.exists() or configuration.load(file) != settings:
-        runs.write(folder, runs.CONFIG, configuration.to_yaml(settings))
-    runs.write(folder, runs.METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    file = folder / run_folder.CONFIG
+    if not file.exists() or load_config(file) != settings:
+        run_folder.write(folder, run_folder.CONFIG, to_yaml(settings))
+    run_folder.write(folder, run_folder.METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:
@@ -428,7 +429,7 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
             )
         shared = data.overlap(table, other, name)
         if shared:
-            terminal.notice(shared)
+            console.notice(shared)
     tables = {"train": table}
     if "validation" in others:
         tables["validation"] = others["validation"]
@@ -436,18 +437,18 @@ def read_tables(settings: Config) -> dict[str, data.Table]:
         train_part, validation = data.split_rows(table, dataset.validation_split, seed)
         tables = {"train": train_part} | ({"validation": validation} if validation else {})
     if dataset.validation_split and "validation" not in tables:
-        terminal.notice("no validation: there are too few different rows to cut one from train")
+        console.notice("no validation: there are too few different rows to cut one from train")
     for name, read in (("train", table), *others.items()):
         # The dropped rows of the other splits are in their reports.
         for notice in read.notices + (read.drops(name) if name == "test" else []):
-            terminal.notice(f"{name}: {notice.removeprefix(f'{name}: ')}")
+            console.notice(f"{name}: {notice.removeprefix(f'{name}: ')}")
     # As read: what is cut from train has the columns of all its rows.
     for name, used in (("train", table), ("validation", others.get("validation"))):
         if used and used.unused:
             columns = ", ".join(
                 f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
             )
-            terminal.notice(f"{name}: columns unused: {columns}")
+            console.notice(f"{name}: columns unused: {columns}")
     return tables
 
 
@@ -465,7 +466,7 @@ def encode(
 
 def make_plan(
     settings: Config,
-    outline: models.Outline,
+    outline: loading.Outline,
     place: device.Device,
     examples: dict[str, list[Example]],
     force: bool = False,
@@ -475,13 +476,13 @@ def make_plan(
     Raises:
         UserError: more than there is, and not `force`.
     """
-    from etude import trainer
+    from etude.training import trainer
 
     steps = trainer.steps(settings, len(examples["train"]))
     planned, fits = plan.estimate(settings, outline, place, examples, steps), False
     if planned:
-        terminal.out.print(report.plan_table(planned.rows()))
-        terminal.say("plan", f"{planned}, {steps:,} steps")
+        console.out.print(report.plan_table(planned.rows()))
+        console.say("plan", f"{planned}, {steps:,} steps")
         fits = plan.check(planned, settings, outline, place, examples, steps, force)
     return planned, fits
 
@@ -494,16 +495,16 @@ def show_data(
     """Print the fate of all rows, and two examples as the model sees them."""
     for item in reports.values():
         drawn = f", drawn: {item.drawn}" * bool(item.drawn)
-        terminal.say("data", f"{item.split}: {item.source} (format {item.format}{drawn})")
-    terminal.out.print(report.data_table(list(reports.values())))
+        console.say("data", f"{item.split}: {item.source} (format {item.format}{drawn})")
+    console.out.print(report.data_table(list(reports.values())))
     for item in reports.values():
         if item.labels:
-            terminal.say(
+            console.say(
                 "labels",
                 f"{item.split}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(item.labels.items())),
             )
         for notice in item.notices():
-            terminal.notice(notice)
+            console.notice(notice)
     for number, example in enumerate(examples["train"][:2], 1):
         show_example(number, example, tokenizer)
 
@@ -519,13 +520,13 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     typed = "\0".join(text for text, _, control in stretches if not control)
     mark = any(token in typed for token in special)
-    coloured = terminal.out.is_terminal and terminal.out.color_system is not None
+    coloured = console.out.is_terminal and console.out.color_system is not None
     whole = "".join(text for text, _, _ in stretches)
     # Brackets that the text does not hold, so that they cannot be its own.
     pairs = [pair for pair in BRACKETS if not set(pair) & set(whole)] or BRACKETS
     outer, inner = pairs[0], pairs[-1]
     tokens = ", control tokens too" if coloured else f" {outer}, control tokens {inner}"
-    terminal.say("example", f"{number}, the supervised part marked{tokens if mark else ''}:")
+    console.say("example", f"{number}, the supervised part marked{tokens if mark else ''}:")
     inside = False
     for text, supervised, control in [*stretches, ("", False, False)]:
         style = "green underline" if supervised else "dim"
@@ -535,11 +536,11 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
             text = f"{inner[0]}{text}{inner[1]}" if control and mark else text
             text = outer[inside] + text if supervised != inside else text
         inside = supervised
-        terminal.out.print(Text(terminal.printable(text), style=style), end="")
-    terminal.out.print()
+        console.out.print(Text(console.printable(text), style=style), end="")
+    console.out.print()
 
 
-def resolved(settings: Config, table: data.Table, base: models.Base) -> Config:
+def resolved(settings: Config, table: data.Table, base: loading.Base) -> Config:
     """The configuration with what was found written out: the labels, and the Hub's commit."""
     dataset = settings.dataset.model_copy(update={"labels": table.labels})
     kind, _, commit = base.identity.partition(":")
@@ -566,7 +567,7 @@ def fit(
     """
     import transformers
 
-    from etude import trainer
+    from etude.training import trainer
 
     steps = trainer.steps(settings, len(examples["train"]))
     share = settings.training.warmup_steps
@@ -578,17 +579,17 @@ def fit(
         )
     cutter, engine = prepare(model, settings, place, examples["train"], steps)
     cutter = rehearsal.rehearse(model, cutter, examples, settings)
-    terminal.say("engine", engine)
+    console.say("engine", engine)
     if checkpoint:
-        terminal.say("resume", f"from {checkpoint}")
+        console.say("resume", f"from {checkpoint}")
     rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
-    terminal.say("training", f"{steps} steps of {rows} examples")
+    console.say("training", f"{steps} steps of {rows} examples")
     callbacks: list[Any] = []
     if settings.training.early_stopping_patience and "validation" in examples:
         callbacks.append(
             transformers.EarlyStoppingCallback(settings.training.early_stopping_patience)
         )
-    with terminal.Progress(settings.training.logging_steps) as progress:
+    with console.Progress(settings.training.logging_steps) as progress:
         recorder = trainer.Recorder(folder, progress.update)
         loop = trainer.StepTrainer(
             cutter=cutter,
@@ -603,8 +604,8 @@ def fit(
         recorder.trainer = loop
         loop.remove_callback(transformers.PrinterCallback)
         with stoppable(loop, folder):
-            if ranks.WORLD > 1:
-                ranks.agree(
+            if distributed.WORLD > 1:
+                distributed.agree(
                     {
                         "lora and training": shown(settings.lora, settings.training),
                         "the base": str(model.peft_config["default"].revision),
@@ -646,37 +647,39 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
         KeyboardInterrupt: with what to say and the exit code, 128 + the signal's number.
         UserError: another process of the same training is gone.
     """
-    from etude.trainer import Stopped
+    from etude.training.trainer import Stopped
 
-    code = terminal.INTERRUPTED
+    code = console.INTERRUPTED
 
     def handle(number: int, frame: object) -> None:
         nonlocal code
         code = 128 + number
-        if loop.stop and ranks.WORLD > 1:
+        if loop.stop and distributed.WORLD > 1:
             return
         if loop.stop:
-            checkpoint, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+            checkpoint, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
             none = "" if checkpoint else "no checkpoint was made yet; "
-            raise KeyboardInterrupt(f"left at once; {none}{runs.go_on(folder)}", code)
+            raise KeyboardInterrupt(f"left at once; {none}{run_folder.go_on(folder)}", code)
         loop.stop = True
-        if ranks.FIRST:
-            more = "" if ranks.WORLD > 1 else "; once more to leave at once"
-            terminal.err.print(f"stopping after this step, with a checkpoint{more}")
+        if distributed.FIRST:
+            more = "" if distributed.WORLD > 1 else "; once more to leave at once"
+            console.err.print(f"stopping after this step, with a checkpoint{more}")
 
     try:
-        with ranks.on_signals(handle):
+        with distributed.on_signals(handle):
             try:
                 yield
             except RuntimeError as error:
-                if ranks.WORLD == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
+                if distributed.WORLD == 1 or not re.search(
+                    "gloo|nccl|connection", str(error), re.I
+                ):
                     raise
                 # Before the handler is restored: the launcher's SIGTERM is on its way.
-                ranks.one_is_gone = True
+                distributed.one_is_gone = True
                 # In the same words by all that are left, so that it is told once.
                 closed = re.search("closed|reset|broken pipe", str(error), re.I)
                 reason = "its connection ended" if closed else first_line(error)
-                newest, _ = checkpoints.newest(folder / runs.CHECKPOINTS)
+                newest, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
                 raise UserError(
                     f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
                     f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
@@ -685,18 +688,19 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
                         if newest
                         else "No checkpoint was made yet"
                     )
-                    + f"; {runs.go_on(folder)}"
+                    + f"; {run_folder.go_on(folder)}"
                 ) from None
     except Stopped:
         state = loop.state
         raise KeyboardInterrupt(
-            f"stopped at step {state.global_step} of {state.max_steps}; {runs.go_on(folder)}", code
+            f"stopped at step {state.global_step} of {state.max_steps}; {run_folder.go_on(folder)}",
+            code,
         ) from None
 
 
 def prepare(
     model: Any, settings: Config, place: device.Device, examples: list[Any], steps: int
-) -> tuple[batching.Cutter, str]:
+) -> tuple[packing.Cutter, str]:
     """Make `model` fast, in place: its passes, its base in int8, its layers compiled; and say what was done.
 
     Raises:
@@ -704,16 +708,16 @@ def prepare(
     """
     import torch
 
-    from etude import compiled, int8
+    from etude.engine import compiling, int8
 
     training = settings.training
-    cutter = batching.Cutter.of(model, training.batch_size, settings.dataset.max_length, examples)
+    cutter = packing.Cutter.of(model, training.batch_size, settings.dataset.max_length, examples)
     if cutter.why_padded:
-        terminal.notice(f"plain padded batches instead of packed ones: {cutter.why_padded}")
+        console.notice(f"plain padded batches instead of packed ones: {cutter.why_padded}")
     done = ["padded passes" if cutter.why_padded else f"packed passes of {cutter.budget} tokens"]
     step = examples[: training.batch_size * training.gradient_accumulation_steps]
     tokens = steps * sum(batch.input_ids.numel() for batch in cutter(step))
-    worth_it = place.name == "cpu" and compiled.operations(model, tokens) >= compiled.WORTH_IT
+    worth_it = place.name == "cpu" and compiling.operations(model, tokens) >= compiling.WORTH_IT
     if settings.model.quantization == "int8":
         reason = int8.why_not(model, cutter.budget, place.torch_dtype)
         if reason:
@@ -723,13 +727,13 @@ def prepare(
         cutter = dataclasses.replace(cutter, dtype=place.torch_dtype)
         done.append("int8 base")
     if training.compile is True or (training.compile == "auto" and worth_it):
-        terminal.say("compile", "the decoder layers, about half a minute on two cores")
+        console.say("compile", "the decoder layers, about half a minute on two cores")
         # In the format in which the steps will run, or they would compile everything again.
         half = torch.float16 if training.fp16 else torch.bfloat16
         with torch.autocast(place.name, half, enabled=training.fp16 or training.bf16):
-            reason = compiled.compile_layers(model, next(cutter(step)))
+            reason = compiling.compile_layers(model, next(cutter(step)))
         if reason:
-            terminal.notice(f"not compiled, so slower: {reason}")
+            console.notice(f"not compiled, so slower: {reason}")
         else:
             done.append("compiled layers")
     return cutter, ", ".join(done)
@@ -737,7 +741,7 @@ def prepare(
 
 def make_manifest(
     settings: Config,
-    base: models.Base,
+    base: loading.Base,
     chat_format: dict[str, Any],
     reports: dict[str, data.Report],
     tables: dict[str, data.Table],
@@ -755,7 +759,7 @@ def make_manifest(
             for split, item in reports.items()
         },
         "results": results,
-        "environment": runs.environment(),
+        "environment": run_folder.environment(),
     }
 
 
@@ -764,14 +768,14 @@ def show_end(settings: Config, results: dict[str, Any]) -> None:
     loss = (
         "" if results["eval_loss"] is None else f", best validation loss {results['eval_loss']:.4f}"
     )
-    terminal.say(
+    console.say(
         "done",
         f"{results['steps']} steps in {results['seconds']:.0f} s{loss}; saved in {settings.output.dir}",
     )
     folder = Path(settings.output.dir)
-    terminal.say("next", command("etude", "evaluate", folder, "--base"))
-    terminal.say("", command("etude", "chat", folder))
+    console.say("next", command("etude", "evaluate", folder, "--base"))
+    console.say("", command("etude", "chat", folder))
 
 
 if __name__ == "__main__":
-    terminal.run(train)
+    console.run(train)

@@ -1,0 +1,1 @@
+"""config.yml: its keys and defaults, and how it is read."""

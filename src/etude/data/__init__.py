@@ -1,0 +1,1 @@
+"""Data files and the Hub, rows, and the examples made of them."""

@@ -1,0 +1,1 @@
+"""What makes a pass fast: packing, loss, int8, compiled layers, generation."""

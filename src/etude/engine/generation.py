@@ -1,0 +1,155 @@
+"""The one generation loop: prompts as ids in, responses out, streamed or in batches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etude.config.schema import Generation
+from etude.conversation.renderer import Renderer
+from etude.errors import UserError
+from etude.models import loading
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model wrote.
+
+    Attributes:
+        text: without control tokens and what the template writes around an answer, stripped.
+        tokens: how many were generated, the end token included.
+        finished: whether the model ended by itself, not at the token limit or by an interrupt.
+        interrupted: whether Ctrl-C cut it short.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    interrupted: bool = False
+
+
+def generate(
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[int]],
+    settings: Generation,
+    on_text: Callable[[str], None] | None = None,
+    origins: Sequence[str] = (),
+) -> list[Response]:
+    """Answer every prompt in one batch; with `on_text` (one prompt only) pieces come as they are made.
+
+    Sampling: logits / temperature, then the `top_k` likeliest, then the smallest set that holds
+    `top_p` of the probability (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the
+    likeliest token. Ctrl-C while streaming returns what there is, with `interrupted` set.
+
+    Raises:
+        UserError: a prompt that fills the model's window, or scores that are not finite numbers;
+            `origins` name the prompts.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    longest = max(map(len, prompts))
+    # Beyond its window a model fails or, with rotary positions, writes noise.
+    window = loading.window(model.config)
+    room = window - longest if window else settings.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"the text has {longest:,} tokens, and the model's window {window:,}; shorten it"
+        )
+    pad = renderer.stop_ids[0]
+    # Padded on the left: the next token must follow the prompt's last one in every row.
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+        }
+    streamer = _Streamer(renderer, on_text) if on_text else None
+    interrupted = False
+    try:
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=min(settings.max_new_tokens, room),
+                    repetition_penalty=settings.repetition_penalty,
+                    eos_token_id=renderer.stop_ids,
+                    pad_token_id=pad,
+                    **sampling,
+                ),
+                streamer=streamer,
+                logits_processor=[_Finite(model, origins)],
+            )
+        written: list[list[int]] = output[:, longest:].tolist()
+    except KeyboardInterrupt:
+        if streamer is None:
+            raise
+        written, interrupted = [streamer.ids], True
+    return [_response(renderer, ids, interrupted) for ids in written]
+
+
+def _response(renderer: Renderer, ids: list[int], interrupted: bool) -> Response:
+    end = next((at for at, token in enumerate(ids) if token in renderer.stop_ids), None)
+    used = ids if end is None else ids[: end + 1]
+    text = renderer.answer_text(used).strip()
+    return Response(text, len(used), end is not None, interrupted)
+
+
+class _Finite:
+    """Looks at the scores of every token, a logits processor of transformers.
+
+    Of scores that are no numbers the greedy choice is token 0, without a word. -inf alone is right:
+    a token that is ruled out.
+    """
+
+    def __init__(self, model: Any, origins: Sequence[str]) -> None:
+        self._model, self._origins = model, origins
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        """Return `scores` as they are, or raise UserError for rows without a finite maximum."""
+        sound = scores.amax(-1).isfinite()  # which is NaN where one of them is
+        if not sound.all():
+            origins = self._origins or ["the prompt"] * len(sound)
+            rows = [origin for origin, yes in zip(origins, sound.tolist(), strict=True) if not yes]
+            raise loading.not_finite(self._model, "The score of a generated token", rows)
+        return scores
+
+
+class _Streamer:
+    """Takes token ids from transformers' generate and passes on text as soon as it is certain.
+
+    Text is certain up to the last character that later tokens cannot change: a character cut in
+    the middle of its UTF-8 bytes decodes to U+FFFD until the rest has come.
+    """
+
+    def __init__(self, renderer: Renderer, on_text: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self._renderer, self._on_text = renderer, on_text
+        self._sent = 0
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Receive the prompt first, then each new token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        text = self._renderer.answer_text(self.ids)
+        if not text.endswith("\ufffd"):
+            self._send(text)
+
+    def end(self) -> None:
+        """Receive the end of the response."""
+        self._send(self._renderer.answer_text(self.ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            self._on_text(text[self._sent :])
+            self._sent = len(text)

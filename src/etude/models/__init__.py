@@ -1,0 +1,1 @@
+"""Bases, adapters and devices."""

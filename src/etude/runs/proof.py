@@ -1,0 +1,298 @@
+"""Proof that a saved adapter lives, and how a training that was repeated compares with the first."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etude.config.schema import Config
+from etude.conversation.renderer import Example
+from etude.engine import packing
+from etude.errors import UserError
+from etude.models import loading, lora
+from etude.runs import folder as run_folder
+from etude.runs import report
+
+INTERRUPTED = 130  # the exit code of Ctrl-C
+# Where the trainer measured no validation loss, so many examples are measured for the proof.
+EXAMPLES = 64
+# How far the loss in a new process may be from the training's: relative, and in nats.
+EXACT = (1e-4, 1e-6)  # float32
+ROUNDED = (0.02, 0.01)  # 16-bit numbers on either side
+QUANTIZED = (0.05, 0.05)  # trained on an int8 base, used on the float one
+# How far the losses of a repeated training may be from the first's, on another machine.
+REPEATED = 0.02
+
+
+def expect(
+    folder: Path,
+    model: Any,
+    settings: Config,
+    examples: dict[str, list[Example]],
+    fingerprints: dict[str, str],
+    eval_loss: float | None,
+) -> str:
+    """Write to `folder` what a new process must find there; returns the adapter's SHA-256.
+
+    That is the adapter's digest and the loss that `model` has: the trainer's validation loss, or
+    where there is none, the loss of the first EXAMPLES examples. Of the data only fingerprints are
+    written.
+    """
+    split = "validation" if "validation" in examples else "train"
+    rows = len(examples[split]) if eval_loss is not None else min(EXAMPLES, len(examples[split]))
+    loss = mean_loss(model, settings, examples[split][:rows]) if eval_loss is None else eval_loss
+    tensors = lora.state(model)
+    expected = {
+        "tensors": len(tensors),
+        "sha256": lora.digest(tensors),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": settings.model.quantization,
+        "loss": {"split": split, "data": fingerprints[split], "rows": rows, "value": loss},
+    }
+    run_folder.write(folder, run_folder.PROOF, json.dumps(expected, indent=1, allow_nan=False))
+    return str(expected["sha256"])
+
+
+def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> float:
+    """Mean loss over all supervised tokens in nats, as the trainer's validation computes it.
+
+    Raises:
+        UserError: it is not finite; with the rows.
+    """
+    import torch
+
+    training = settings.training
+    half = torch.float16 if training.fp16 else torch.bfloat16
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16),
+    ):
+        cutter = packing.Cutter.of(
+            model, training.batch_size, settings.dataset.max_length, examples
+        )
+        for batch in cutter(examples):
+            total += float(packing.token_losses(model, batch).sum())
+            count += len(batch.target)
+        found = [] if math.isfinite(total) else packing.culprits(model, cutter, examples)
+    model.train(was_training)
+    if not math.isfinite(total):
+        raise loading.not_finite(model, "The loss", found or [one.origin for one in examples])
+    return total / count
+
+
+def in_a_new_process(folder: Path) -> str:
+    """Open the run in `folder` in a new process, as a user will, and return what it says.
+
+    Raises:
+        UserError: the proof fails, or the process was ended, most likely for want of memory.
+    """
+    # -P: a file torch.py in the folder where the user stands is not to be imported.
+    command = [sys.executable, "-P", "-m", "etude", "verify", str(folder)]
+    # Not one of several processes any more, where torchrun started this one.
+    left_out = {"FORCE_COLOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
+    plain = {key: value for key, value in os.environ.items() if key not in left_out}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=plain
+        )
+    except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
+        code = end.code if isinstance(end, SystemExit) else INTERRUPTED
+        raise KeyboardInterrupt(
+            f"stopped during the proof, the last step of the training; {run_folder.go_on(folder)}",
+            code,
+        ) from None
+    if done.returncode == 0:
+        return done.stdout.strip().splitlines()[-1].removeprefix("proof").strip()
+    problem = done.stderr.rpartition("error: ")[2].strip()
+    if done.returncode < 0:
+        problem = (
+            f"the process was ended by signal {-done.returncode}, most likely for want of memory"
+        )
+    raise UserError(
+        f"{folder}: the adapter was saved, but a new process could not prove that it lives, so the "
+        f"run is not finished: {problem:.2000}\nOnce that is fixed, {run_folder.go_on(folder)}"
+    )
+
+
+def read_expected(folder: Path) -> dict[str, Any]:
+    """What `expect` has written.
+
+    Raises:
+        UserError: nothing was written, or it is damaged.
+    """
+    if not (folder / run_folder.PROOF).is_file():
+        raise UserError(
+            f"{folder}: no {run_folder.PROOF} here, so there is nothing to hold the adapter against; it is "
+            "written at the end of `etude train`"
+        )
+    return run_folder.read_checked(folder / run_folder.PROOF, run_folder.Proof)
+
+
+def examine(
+    name: str,
+    target: run_folder.Target,
+    expected: dict[str, Any],
+    examples: Sequence[Example] | None,
+) -> str:
+    """Hold the adapter of `target` against what its training expected; returns the proof in words.
+
+    Four things: its tensors are those that were trained, bit for bit; lora_B is not all zero; its
+    logits are not the base's; its loss on `examples` is the training's (left out without examples).
+
+    Raises:
+        UserError: one of them does not hold.
+    """
+    assert target.adapter is not None
+    model = lora.load(target.base.model, target.adapter)
+    tensors = lora.state(model)
+    if lora.digest(tensors) != expected["sha256"]:
+        raise UserError(
+            f"{name}: the adapter is not the one that was trained: its tensors have SHA-256 "
+            f"{lora.digest(tensors):.12}, and the training ended with {expected['sha256']:.12}. "
+            "Restore it from a copy, or train the run again"
+        )
+    if not any(value.any() for key, value in tensors.items() if "lora_B" in key):
+        raise UserError(
+            f"{name}: the adapter changes nothing: lora_B is all zero, as before the training. Train "
+            "for more steps, or raise training.learning_rate (during warm-up it starts at zero)"
+        )
+    ids = examples[0].ids if examples else target.renderer.text("How are you today?").ids
+    difference = logits_difference(model, ids[:64])
+    if not math.isfinite(difference):
+        raise loading.not_finite(model, "A logit", [examples[0].origin if examples else name])
+    if not difference > 0:
+        raise UserError(
+            f"{name}: the adapter changes nothing: with it, the logits are the base's. "
+            "Train the run again with another training.learning_rate"
+        )
+    told = compare_losses(name, model, target, expected, examples) if examples else (
+        "the loss was not compared, for its data is gone or was changed"
+    )  # fmt: skip
+    return (
+        f"the saved adapter, opened in a new process: {len(tensors)} tensors as trained, lora_B not "
+        f"zero, logits differ from the base's by up to {difference:.2g}, {told}"
+    )
+
+
+def logits_difference(model: Any, ids: Sequence[int]) -> float:
+    """The largest absolute difference that the adapter makes to the logits on `ids`."""
+    import torch
+
+    batch = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        tuned = model(input_ids=batch).logits
+        with model.disable_adapter():
+            plain = model(input_ids=batch).logits
+    return float((tuned.float() - plain.float()).abs().max())
+
+
+def compare_losses(
+    name: str,
+    model: Any,
+    target: run_folder.Target,
+    expected: dict[str, Any],
+    examples: Sequence[Example],
+) -> str:
+    """The loss here beside the training's, in words.
+
+    Raises:
+        UserError: they are further apart than rounding explains.
+    """
+    loss = mean_loss(model, target.config, examples)
+    split, trained = expected["loss"]["split"], float(expected["loss"]["value"])
+    training = target.config.training
+    formats = {str(expected.get("dtype")), str(model.dtype).removeprefix("torch.")}
+    quantized = expected.get("quantization") == "int8"  # an nf4 base is opened as nf4
+    if quantized:
+        relative, absolute = QUANTIZED
+    elif formats != {"float32"} or training.fp16 or training.bf16:
+        relative, absolute = ROUNDED
+    else:
+        relative, absolute = EXACT
+    if not math.isclose(loss, trained, rel_tol=relative, abs_tol=absolute):
+        raise UserError(
+            f"{name}: the loss of the saved adapter on the {split} examples is {loss:.6f}, and the "
+            f"training's was {trained:.6f}: further apart than rounding explains ({relative:g} relative). "
+            "The base, the libraries or the machine compute differently here"
+        )
+    if quantized:
+        return (
+            f"{split} loss {loss:.4f} on the float base ({trained:.4f} in training, on an int8 one)"
+        )
+    return f"{split} loss {loss:.4f} as in training"
+
+
+# --- a training that was repeated ------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """Two runs side by side: the same bit for bit, or close, and the figures in words."""
+
+    same: bool
+    close: bool
+    losses: str
+    adapter: str
+
+
+def compare_runs(first: Path, second: Path) -> Comparison:
+    """Compare the logged losses and the adapters of two runs.
+
+    They are close if no loss deviates by more than REPEATED, relative to the first run's.
+
+    Raises:
+        UserError: a damaged adapter.
+    """
+    before, after = logged_losses(first), logged_losses(second)
+    common = [key for key in before if key in after]
+    deviations = {
+        key: abs(after[key] - before[key]) / max(abs(before[key]), 1e-6) for key in common
+    }
+    differing = [key for key in common if before[key] != after[key]]
+    losses = f"{len(common)} logged losses, all the same"
+    if differing:
+        step, kind = differing[0]
+        last = max(deviations, key=lambda key: deviations[key])
+        losses = (
+            f"{len(differing)} of {len(common)} logged losses differ, first at step {step} ({kind} "
+            f"{before[step, kind]:.6f}, now {after[step, kind]:.6f}), by up to "
+            f"{deviations[last]:.2g} relative (step {last[0]})"
+        )
+    missing = len(before.keys() ^ after.keys())
+    if missing:
+        losses += f"; {missing} stand in one run only"
+    old, new = lora.read_weights(first), lora.read_weights(second)
+    faults = lora.compare_keys(new, old)
+    if faults:
+        adapter = "; ".join(faults)
+    elif lora.digest(old) == lora.digest(new):
+        adapter = f"the same, SHA-256 {lora.digest(new)}"
+    else:
+        largest = max(float((new[key] - old[key]).abs().max()) for key in old)
+        scale = max(float(old[key].abs().max()) for key in old)
+        adapter = f"differs by up to {largest:.2g} (its largest weight is {scale:.2g})"
+    return Comparison(
+        same=not (differing or missing or faults) and lora.digest(old) == lora.digest(new),
+        close=bool(common)
+        and not (missing or faults)
+        and max(deviations.values(), default=0.0) <= REPEATED,
+        losses=losses,
+        adapter=adapter,
+    )
+
+
+def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
+    """The losses in metrics.jsonl by step and kind (loss, eval_loss), in their order."""
+    return {
+        (line["step"], kind): line[kind]
+        for line in report.read_metrics(folder / run_folder.METRICS)
+        for kind in ("loss", "eval_loss")
+        if kind in line
+    }

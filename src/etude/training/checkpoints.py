@@ -1,0 +1,244 @@
+"""Checkpoints that exist whole or not at all, without pickle: safetensors, JSON and a list of sums.
+
+A checkpoint is written beside its place, flushed to disk with the SHA-256 of every file, and only then
+renamed. A kill, a full disk or a power cut leaves what was there before; what is damaged later
+is found by its sums and passed over.
+"""
+
+import contextlib
+import json
+import random
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etude import files
+from etude.errors import UserError, first_line, shortage
+from etude.files import usual_mode
+
+if TYPE_CHECKING:
+    import torch
+
+SUMS = "sha256.json"
+PROGRESS, TENSORS = "progress.json", "state.safetensors"
+# What a training goes on from must be there, and of its kind.
+SHAPE: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "ended": bool,
+    "processes": int,
+    "step_loss": float,
+    "tokens_seen": int,
+    "loss_since_log": float,
+    "last_log": int,
+    "groups": list,
+    "scheduler": dict,
+    "scaler": (dict, type(None)),
+    "random": dict,
+}
+
+
+def name(step: int) -> str:
+    """The folder of the checkpoint made after `step`."""
+    return f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends; an error leaves nothing of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with files.scratch(target.parent) as work:
+        yield work
+        sums = {file.name: files.sha256(file) for file in _files(work)}
+        files.write_text(work / SUMS, json.dumps(sums))
+        for file in _files(work):
+            usual_mode(file)
+            files.flush(file)
+        files.flush(work)
+        remove(target)  # there only if it did not verify
+        work.rename(target)
+        files.flush(target.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that no half of it is ever taken for one."""
+    if checkpoint.exists():
+        with files.scratch(checkpoint.parent) as gone:
+            checkpoint.rename(gone / checkpoint.name)
+
+
+def why_not(checkpoint: Path) -> str | None:
+    """None if every file of `checkpoint` is what was written, else what is wrong."""
+    try:
+        sums = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))
+        found = {file.name: file for file in _files(checkpoint) if file.name != SUMS}
+        if not isinstance(sums, dict) or PROGRESS not in sums:
+            return f"{SUMS} is damaged"
+        for file in sums.keys() | found.keys():
+            if file not in found:
+                return f"{file} is missing"
+            if file not in sums:
+                return f"{file} does not belong to it"
+            if files.sha256(found[file]) != sums[file]:
+                return f"{file} is damaged"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{SUMS} cannot be read: {error}"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that verifies, and a sentence for each one passed over."""
+    passed_over: list[str] = []
+    for checkpoint in reversed(_all(folder)):
+        reason = why_not(checkpoint)
+        if reason is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: passed over, {reason}")
+    return None, passed_over
+
+
+def retain(
+    folder: Path, step: int, keep: int, best: int | None, own: Collection[str] | None = None
+) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind.
+
+    `own` names those that the run made; another's stay and do not count.
+
+    `step` is the training's. Later ones were passed over when it was resumed, so they are damaged: they
+    go too, for they must not count in place of whole ones.
+    """
+    made = [checkpoint for checkpoint in _all(folder) if own is None or checkpoint.name in own]
+    kept = [checkpoint for checkpoint in made if step_of(checkpoint) <= step][-keep:]
+    for checkpoint in made:
+        if checkpoint not in kept and step_of(checkpoint) != best:
+            remove(checkpoint)
+    files.clear(folder)
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, whole or not."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+# --- the state of a training: tensors to safetensors, the rest to JSON ------------------------------
+
+
+def save_state(folder: Path, progress: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
+    """Write what a training needs to go on: `progress` (JSON values) and `tensors`."""
+    from safetensors.torch import save_file
+
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / TENSORS)
+    (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+
+
+def load_state(checkpoint: Path) -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
+    """What `save_state` wrote."""
+    from safetensors.torch import load_file
+
+    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    return progress, load_file(checkpoint / TENSORS)
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The progress of a checkpoint that verifies, its form checked.
+
+    Raises:
+        UserError: it is not what a training writes.
+    """
+    with reading(checkpoint):
+        progress, _ = load_state(checkpoint)
+        wrong = [key for key, kind in SHAPE.items() if not isinstance(progress.get(key), kind)]
+        timed = [progress.get(key, 0) for key in ("seconds", "timed_steps")]
+        if wrong or progress["step"] != step_of(checkpoint) or progress["processes"] < 1:
+            raise ValueError(f"{PROGRESS}: {', '.join(wrong) or 'another step or no process'}")
+        if not all(isinstance(value, int | float) and value >= 0 for value in timed):
+            raise ValueError(f"{PROGRESS}: seconds, timed_steps")
+    return progress
+
+
+@contextlib.contextmanager
+def reading(
+    checkpoint: Path, blamed: Callable[[Exception], bool] = lambda error: True
+) -> Iterator[None]:
+    """Say in one sentence what a library stumbles over in a checkpoint that is not as it was written.
+
+    Its sums are right, so it was changed by hand or written by another version. `blamed` tells
+    whether an error is the checkpoint's.
+
+    Raises:
+        UserError: the block failed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if shortage(error) or not blamed(error):
+            raise
+        raise UserError(
+            f"{checkpoint}: not what this version of Etude writes ({type(error).__name__}: "
+            f"{first_line(error):.200}). Remove this checkpoint to go on from the one before it, "
+            "or train a new run"
+        ) from error
+
+
+def split_optimizer(
+    state: dict[str, Any],
+) -> "tuple[list[dict[str, Any]], dict[str, torch.Tensor]]":
+    """An optimizer's state_dict as its groups (JSON values) and its tensors by ``optimizer.N.name``."""
+    tensors = {
+        f"optimizer.{number}.{key}": value
+        for number, values in state["state"].items()
+        for key, value in values.items()
+    }
+    return state["param_groups"], tensors
+
+
+def join_optimizer(
+    groups: list[dict[str, Any]], tensors: "dict[str, torch.Tensor]"
+) -> dict[str, Any]:
+    """The state_dict that `split_optimizer` took apart."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            number, _, field = rest.partition(".")
+            state.setdefault(int(number), {})[field] = value
+    return {"state": state, "param_groups": groups}
+
+
+def random_state() -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
+    """The state of every random generator: Python's and NumPy's as JSON values, torch's as tensors."""
+    import numpy as np
+    import torch
+
+    kind, keys, *rest = np.random.get_state()
+    values = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    tensors = {"random.cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.random.get_rng_state()
+    return values, tensors
+
+
+def set_random_state(values: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
+    """Put every generator where `random_state` found it."""
+    import numpy as np
+    import torch
+
+    version, numbers, gauss = values["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = values["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.random.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.random.set_rng_state(tensors["random.cuda"])

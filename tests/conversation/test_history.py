@@ -1,0 +1,171 @@
+"""The conversation as it goes on: turns, what fits the window, and its file."""
+
+import errno
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etude.conversation.history import Conversation, fit, load, save
+from etude.conversation.renderer import Renderer
+from etude.errors import UserError
+
+
+def exchange(conversation, question, answer):
+    conversation.ask(question)
+    conversation.answer(answer)
+
+
+# --- the state -------------------------------------------------------------------------------
+
+
+def test_conversation_takes_turns():
+    conversation = Conversation(system="Be brief.")
+    assert not conversation.pending
+    conversation.ask("lost")
+    conversation.ask("One?")
+    assert conversation.pending and len(conversation.messages) == 1
+    conversation.answer("1")
+    exchange(conversation, "Two?", "2")
+    assert [m["role"] for m in conversation.sent()] == ["system", *["user", "assistant"] * 2]
+    assert conversation.take_answer() == "2" and conversation.pending
+    assert conversation.take_answer() is None
+    assert conversation.undo() == "Two?"
+    assert conversation.undo() == "One?"
+    with pytest.raises(UserError, match="Nothing was asked"):
+        conversation.undo()
+
+
+def test_an_empty_system_prompt_is_one():
+    assert Conversation(system="").sent() == [{"role": "system", "content": ""}]
+    assert Conversation().sent() == []
+
+
+class Letters:
+    """A renderer whose tokens can be counted by hand: 3 a message and 2 for the answer's head."""
+
+    def prompt(self, messages):
+        return [0] * (sum(3 + len(m["content"]) for m in messages) + 2)
+
+
+turns = st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=6)
+
+
+@given(
+    turns,
+    st.text(max_size=9),
+    st.none() | st.text(max_size=9),
+    st.integers(1, 120),
+    st.integers(1, 40),
+)
+def test_fit_drops_whole_turns_from_the_front(said, last, system, window, reserve):
+    conversation = Conversation(system)
+    for question, answer in said:
+        exchange(conversation, question, answer)
+    conversation.ask(last)
+    everything = conversation.sent()
+    head = everything[: system is not None]
+    before = [dict(message) for message in everything]
+    try:
+        messages, dropped = fit(Letters(), everything, window, reserve)
+    except UserError as error:
+        alone = len(Letters().prompt([*head, everything[-1]]))
+        assert alone + reserve > window
+        assert f"{alone:,} tokens" in str(error)
+        return
+    assert len(Letters().prompt(messages)) + reserve <= window
+    assert messages == [*head, *everything[len(head) + 2 * dropped :]]
+    assert messages[-1]["content"] == last
+    if dropped:  # no more than had to go
+        more = [*head, *everything[len(head) + 2 * (dropped - 1) :]]
+        assert len(Letters().prompt(more)) + reserve > window
+    assert everything == before
+
+
+def test_fit_without_a_window_keeps_all():
+    conversation = Conversation()
+    exchange(conversation, "One?", "1")
+    assert fit(Letters(), conversation.sent(), None, 10**9) == (conversation.sent(), 0)
+
+
+def test_fit_with_the_real_renderer(sample_tokenizer):
+    conversation = Conversation("Be brief.")
+    for number in range(20):
+        exchange(conversation, f"What is {number} + 1?", f"It is {number + 1}.")
+    conversation.ask("And now?")
+    renderer = Renderer(sample_tokenizer)
+    messages, dropped = fit(renderer, conversation.sent(), 200, 50)
+    assert 0 < dropped < 20 and messages[0]["role"] == "system"
+    assert len(renderer.prompt(messages)) <= 150
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_save_and_load_give_the_same_conversation(tmp_path):
+    conversation = Conversation("Sois bref.")
+    exchange(conversation, "Où ?\n\x1b[31m", "là 🙂")
+    save(conversation, tmp_path / "c.json")
+    assert load(tmp_path / "c.json") == conversation
+
+
+def test_save_overwrites_nothing_and_names_a_free_file(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text("precious")
+    (tmp_path / "c-2.json").touch()
+    with pytest.raises(UserError, match=r"not overwritten.*c-3\.json"):
+        save(Conversation(), path)
+    assert path.read_text() == "precious"
+    with pytest.raises(UserError, match="cannot be written"):
+        save(Conversation(), tmp_path / "nowhere" / "c.json")
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    broken = Conversation()
+    exchange(broken, "\ud800", "b")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(broken, tmp_path / "c.json")
+    whole = Conversation()
+    exchange(whole, "a", "b")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(whole, tmp_path / "c.json")
+    assert not list(tmp_path.iterdir())
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "an object"),
+        ({"messages": {}}, "an object"),
+        ({"messages": [], "system": 1}, "an object"),
+        ({"messages": ["hello"]}, 'message 1: role "user"'),
+        ({"messages": [user(1)]}, "message 1"),
+        ({"messages": [user("a"), user("b")]}, 'message 2: role "assistant"'),
+        ({"messages": [{**user("a"), "tool": 1}]}, "message 1"),
+        ({"messages": [user("\ud800")]}, "message 1: it holds half a character"),
+    ],
+)
+def test_load_checks_the_form(tmp_path, value, says):
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=says):
+        load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_load_of_what_is_no_json(tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(UserError, match="not a saved conversation"):
+        load(tmp_path / "c.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "none.json")

@@ -1,0 +1,485 @@
+"""A finished run holds an adapter that lives, and a run that is repeated is the same run."""
+
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from etude import train_with_config
+from etude.cli import app
+from etude.config.loading import load_config, to_yaml
+from etude.config.schema import Config, Lora
+from etude.data import dataset as data
+from etude.errors import UserError
+from etude.models import device, loading, lora
+from etude.runs import folder as run_folder
+from etude.runs import proof, report
+
+
+def etude(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(model, data, run, *more):
+    return etude(
+        "train", "--preset", "cpu", f"model.name={model}", f"dataset.train={data}/pairs.jsonl",
+        "dataset.validation=null", "dataset.test=null", "training.num_epochs=1", "lora.r=4",
+        "training.compile=false", "training.logging_steps=1", f"output.dir={run}", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    result = train(tiny_model, files, folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def verified(folder):
+    """The proof of a run without a process of its own, each with a fresh base."""
+    result = etude("verify", folder)
+    assert "Traceback" not in result.output
+    return result
+
+
+def told(result):
+    """What a program said, on one line."""
+    return " ".join(result.output.split())
+
+
+def test_training_ends_with_the_proof_of_a_new_process(finished):
+    folder, output = finished
+    expected = json.loads((folder / "proof.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert expected["tensors"] == 8
+    loss = f"validation loss {manifest['results']['eval_loss']:.4f} as in training"
+    assert "the saved adapter, opened in a new process: 8 tensors as trained, lora_B not" in output
+    assert loss in output
+    assert expected["loss"]["value"] == manifest["results"]["eval_loss"]
+    digest = lora.digest(lora.read_weights(folder))
+    assert expected["sha256"] == manifest["adapter"]["sha256"] == digest
+    # No text and no tokens of the data are kept.
+    assert "Answer" not in (folder / "proof.json").read_text()
+    assert expected["loss"].keys() == {"split", "data", "rows", "value"}
+
+
+def test_it_really_is_another_process(finished, monkeypatch):
+    seen = []
+
+    class Done:
+        returncode, stdout, stderr = 0, "notice    x\nproof     all is well\n", ""
+
+    def run(command, **options):
+        seen.append(command)
+        return Done
+
+    monkeypatch.setattr(proof.subprocess, "run", run)
+    assert proof.in_a_new_process(finished[0]) == "all is well"
+    assert seen[0][1:] == ["-P", "-m", "etude", "verify", str(finished[0])]
+
+
+def test_verify_holds_for_a_run_and_for_its_copy(finished, copied):
+    for folder in (finished[0], copied):
+        result = verified(folder)
+        assert result.exit_code == 0, result.output
+        assert "as in training" in told(result)
+
+
+def test_another_adapter_in_its_place_is_seen(copied, tiny_model, files, tmp_path):
+    other = tmp_path / "other"
+    assert train(tiny_model, files, other, "training.seed=7").exit_code == 0
+    assert verified(other).exit_code == 0  # it is a good adapter, of another run
+    shutil.copy(other / lora.WEIGHTS, copied / lora.WEIGHTS)
+    result = verified(copied)
+    assert result.exit_code == 2
+    assert "the adapter is not the one that was trained" in told(result)
+
+
+def test_an_adapter_that_does_nothing_is_refused_at_the_end(tiny_model, files, tmp_path):
+    # A learning rate that vanishes in float32.
+    settings = ("training.max_steps=1", "training.warmup_steps=0", "training.learning_rate=1e-45")
+    result = train(tiny_model, files, tmp_path / "run", *settings)
+    assert result.exit_code == 2
+    assert "the adapter changes nothing: lora_B is all zero" in told(result)
+    assert "--resume" in told(result)
+    assert (tmp_path / "run" / lora.WEIGHTS).is_file()
+    assert not (tmp_path / "run" / run_folder.MANIFEST).exists()
+
+
+def test_a_loss_that_is_not_the_trainings_is_refused(copied):
+    file = copied / "proof.json"
+    expected = json.loads(file.read_text())
+    for factor, code in ((1 + 1e-6, 0), (1.001, 2)):
+        changed = {**expected["loss"], "value": expected["loss"]["value"] * factor}
+        file.write_text(json.dumps({**expected, "loss": changed}))
+        result = verified(copied)
+        assert result.exit_code == code, result.output
+    assert "further apart than rounding explains (0.0001 relative)" in told(result)
+    # Trained on an int8 base it may be further, and is said to be.
+    file.write_text(json.dumps({**expected, "loss": changed, "quantization": "int8"}))
+    result = verified(copied)
+    assert result.exit_code == 0
+    assert "in training, on an int8 one" in told(result)
+
+
+def test_without_its_data_the_rest_is_still_proven(finished, files):
+    kept = (files / "pairs.jsonl").read_text()
+    try:
+        (files / "pairs.jsonl").write_text(kept.replace("Answer 7.", "Another."))
+        changed = verified(finished[0])
+        (files / "pairs.jsonl").unlink()
+        gone = verified(finished[0])
+    finally:
+        (files / "pairs.jsonl").write_text(kept)
+    for result in (changed, gone):
+        assert result.exit_code == 0, result.output
+        assert "8 tensors as trained" in told(result)
+        assert "the loss was not compared, for its data is gone or was changed" in told(result)
+
+
+def test_damage_of_every_kind_fails_the_proof(copied):
+    weights = copied / lora.WEIGHTS
+    whole = weights.read_bytes()
+    for damage, words in (
+        (whole[:-10], "is damaged"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "not the one that was trained"),  # a single bit
+        (b"", "is damaged"),
+    ):
+        weights.write_bytes(damage)
+        result = verified(copied)
+        assert result.exit_code == 2
+        assert words in told(result)
+    weights.write_bytes(whole)
+    proof = json.loads((copied / "proof.json").read_text())
+    for broken in ({}, {**proof, "sha256": None}, {**proof, "loss": None}):
+        (copied / "proof.json").write_text(json.dumps(broken))
+        assert "not what Etude writes" in told(verified(copied))
+    (copied / "proof.json").unlink()
+    assert "no proof.json here" in told(verified(copied))
+
+
+def test_without_validation_the_first_training_rows_are_measured(tiny_model, files, tmp_path):
+    result = train(tiny_model, files, tmp_path / "run", "dataset.validation_split=0")
+    assert result.exit_code == 0, result.output
+    assert "train loss" in result.output and "as in training" in result.output
+    expected = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert (expected["loss"]["split"], expected["loss"]["rows"]) == ("train", 40)
+
+
+def test_another_base_is_refused_for_a_bare_adapter_too(finished, tmp_path, tiny_model):
+    other = shutil.copytree(tiny_model, tmp_path / "other-base")
+    tensors = load_file(other / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    # Without manifest and configuration, as if copied out of the run; and a checkpoint of the run.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (lora.WEIGHTS, lora.ADAPTER_CONFIG):
+        shutil.copy(finished[0] / file, bare / file)
+    checkpoints = sorted((finished[0] / run_folder.CHECKPOINTS).glob("checkpoint-*"))
+    assert checkpoints
+    for folder in (bare, checkpoints[0]):
+        assert run_folder.open_target(str(folder), []).adapter == folder
+        with pytest.raises(UserError, match="trained on another base"):
+            run_folder.open_target(str(folder), [f"model.name={other}"])
+
+
+# --- a base in 4 bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", None])
+def test_a_run_is_opened_on_the_base_that_it_is_used_on(
+    copied, tiny_model, monkeypatch, quantization
+):
+    settings = load_config(copied / run_folder.CONFIG)
+    model = settings.model.model_copy(update={"quantization": quantization})
+    changed = settings.model_copy(update={"model": model})
+    (copied / run_folder.CONFIG).write_text(to_yaml(changed))
+    asked, original = [], loading.load
+
+    def load(name, place, revision=None, quantization=None, known=None):
+        asked.append(quantization)
+        base = original(name, place, revision)
+        base.model.is_quantized = quantization == "nf4"
+        return base
+
+    monkeypatch.setattr(loading, "load", load)
+    target = run_folder.open_target(str(copied), [])
+    assert asked == ["nf4" if quantization == "nf4" else None]
+    # An adapter is not merged into 4 bits, and is merged elsewhere.
+    tuned = target.tuned()
+    assert hasattr(tuned, "peft_config") == (quantization == "nf4")
+    # Whoever has the room may ask for the float base.
+    run_folder.open_target(str(copied), ["model.quantization=null"])
+    assert asked[1:] == [None]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "off", "dtype", "proven"),
+    [
+        (None, 1e-3, "float32", False),
+        ("nf4", 1e-3, "float32", False),
+        ("nf4", 1e-6, "float32", True),
+        ("nf4", 1e-2, "bfloat16", True),
+        ("nf4", 0.04, "bfloat16", False),
+        ("int8", 0.04, "float32", True),
+    ],
+)
+def test_a_loss_in_4_bits_is_the_trainings_own(monkeypatch, quantization, off, dtype, proven):
+    monkeypatch.setattr(proof, "mean_loss", lambda *_: 2.0 * (1 + off))
+    model = types.SimpleNamespace(dtype=getattr(torch, dtype))
+    target = run_folder.Target(None, None, Config(), None)
+    expected = {"dtype": dtype, "quantization": quantization}
+    expected["loss"] = {"split": "validation", "value": 2.0}
+    if not proven:
+        with pytest.raises(UserError, match="further apart than rounding explains"):
+            proof.compare_losses("run", model, target, expected, [])
+        return
+    told = proof.compare_losses("run", model, target, expected, [])
+    assert ("on the float base" in told) == (quantization == "int8")
+
+
+def test_4_bit_layers_stay_fit_for_gradients_after_a_pass_without(tiny_model):
+    class Layer(torch.nn.Linear):
+        support_avx512bf16_for_cpu = True
+
+    model = torch.nn.Sequential(Layer(2, 2), torch.nn.Linear(2, 2))
+    loading._keep_gradients(model)
+    assert not model[0].support_avx512bf16_for_cpu
+    assert not hasattr(model[1], "support_avx512bf16_for_cpu")
+
+    pytest.importorskip("bitsandbytes")
+    base = loading.load(str(tiny_model), device.Device("cpu", "float32", ""), None, "nf4")
+    ids = torch.arange(3, 40)[None]
+    torch.manual_seed(0)
+    tuned = lora.attach(base.model, Lora(r=4), "tiny")
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def gradients():
+        tuned.zero_grad()
+        tuned.train()
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in tuned.parameters() if p.requires_grad]
+
+    before = gradients()
+    tuned.eval()
+    with torch.no_grad():
+        tuned(input_ids=ids)
+    assert all(grad.any() for grad in before)
+    assert all(map(torch.equal, before, gradients()))
+
+
+def test_a_training_in_4_bits_is_proven_in_4_bits(tiny_model, files, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = tmp_path / "run"
+    result = train(tiny_model, files, run, "model.quantization=nf4", "dataset.test=null")
+    assert result.exit_code == 0, result.output
+    assert "as in training" in told(result)
+    assert "the plan was never measured" not in told(result)  # it fits
+    target = run_folder.open_target(str(run), [])
+    assert target.base.model.is_quantized and hasattr(target.tuned(), "peft_config")
+    wanted = etude("evaluate", run, "--data", files / "pairs.jsonl", "evaluation.max_rows=4")
+    assert wanted.exit_code == 0, wanted.output
+
+
+# --- what the new process says when it fails -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "words"),
+    [
+        (2, "notice    x\nerror: runs/x: all is lost", "not finished: runs/x: all is lost"),
+        (-9, "", "ended by signal 9, most likely for want of memory"),
+        (1, "Traceback ...\nKeyError: 'x'", "KeyError: 'x'"),
+    ],
+)
+def test_a_proof_that_fails_leaves_the_run_unfinished(code, stderr, words, monkeypatch, tmp_path):
+    class Done:
+        returncode, stdout = code, ""
+
+    Done.stderr = stderr
+    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: Done)
+    (tmp_path / run_folder.CHECKPOINTS / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        proof.in_a_new_process(tmp_path)
+    assert words in str(caught.value)
+    assert "--resume" in str(caught.value)
+
+
+# --- the environment -------------------------------------------------------------------------
+
+
+def test_the_environment_is_recorded_and_differences_are_told():
+    now = run_folder.environment()
+    assert json.loads(json.dumps(now)) == now
+    assert now["threads"] == torch.get_num_threads()
+    assert now["libraries"]["torch"] == torch.__version__
+    assert run_folder.environment_differences(now, now) == []
+    stored = {
+        **now,
+        "threads": 64,
+        "cpu_flags": [*now["cpu_flags"], "abacus"],
+        "libraries": {**now["libraries"], "torch": "1.0"},
+    }
+    assert run_folder.environment_differences(stored, now) == [
+        "CPU flag abacus: yes, now none",
+        f"threads: 64, now {now['threads']}",
+        f"torch: 1.0, now {torch.__version__}",
+    ]
+    (first, *_) = run_folder.environment_differences({}, {"threads": 2})
+    assert first == "threads: not recorded, now 2"
+
+
+def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys):
+    base = loading.Base(None, None, "folder", "sha256:1", device.choose("float32", True))
+    tables = {"train": data.Table("file", "text", [], "0")}
+    checkpoint = tmp_path / "checkpoint-1"
+    settings = Config()
+    train_with_config.start_folder(tmp_path, None, settings, tables, base, False)
+    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
+    assert "since the training began" not in capsys.readouterr().out
+    stored = json.loads((tmp_path / run_folder.STARTED).read_text())
+    stored["environment"]["threads"] = 64
+    (tmp_path / run_folder.STARTED).write_text(json.dumps(stored))
+    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
+    assert "since the training began: threads: 64, now" in capsys.readouterr().out
+
+    assert run_folder.changes_since(tmp_path) == []  # no finished run
+    (tmp_path / run_folder.MANIFEST).write_text(json.dumps({"environment": stored["environment"]}))
+    assert [line.partition(",")[0] for line in run_folder.changes_since(tmp_path)] == [
+        "threads: 64"
+    ]
+
+
+# --- reproduce -------------------------------------------------------------------------------
+
+
+def test_a_run_repeats_bit_for_bit(finished, tmp_path):
+    folder, _ = finished
+    result = etude("reproduce", folder, "--out", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert "bit for bit" in told(result)
+    digest = lora.digest(lora.read_weights(folder))
+    assert f"the same, SHA-256 {digest}" in told(result)
+    assert "logged losses, all the same" in told(result)
+    first, second = ((path / lora.WEIGHTS).read_bytes() for path in (folder, tmp_path / "again"))
+    assert first == second  # the files too
+
+
+def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypatch):
+    # The control: the manifest's seed decides, not the one in config.yml.
+    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest["config"]["training"]["seed"] += 1
+    manifest["config"]["dataset"]["validation_split"] = 0.1
+    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.chdir(copied)
+    result = etude("reproduce", ".")
+    assert result.exit_code == 1, result.output
+    assert "logged losses differ, first at step 1 (loss " in told(result)
+    assert "differs by up to" in told(result)
+    assert (copied.parent / "copy-reproduced" / run_folder.MANIFEST).is_file()
+
+
+def test_elsewhere_close_is_enough_and_the_difference_is_told(copied, tmp_path):
+    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest["environment"]["libraries"]["torch"] = "1.0"
+    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    # As if rounded otherwise: another adapter by a hair.
+    tensors = load_file(copied / lora.WEIGHTS)
+    name = next(iter(tensors))
+    tensors[name] += 1e-6
+    save_file(tensors, copied / lora.WEIGHTS, metadata={"format": "pt"})
+    result = etude("reproduce", copied)
+    assert result.exit_code == 0, result.output
+    assert "since the first training: torch: 1.0, now" in told(result)
+    assert "the same within 2% of each loss, not bit for bit: the environment differs" in told(
+        result
+    )
+
+
+def test_changed_data_or_base_is_refused_before_training(copied, files, tiny_model):
+    again = copied.parent / "copy-reproduced"
+    kept = (files / "pairs.jsonl").read_text()
+    (files / "pairs.jsonl").write_text(kept.replace("Answer 7.", "Another."))
+    result = etude("reproduce", copied)
+    (files / "pairs.jsonl").write_text(kept)
+    assert result.exit_code == 2
+    assert "The data changed since the run was trained (train, validation; read from" in told(
+        result
+    )
+    assert not again.exists()
+    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest["base"]["identity"] = "sha256:0"
+    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    result = etude("reproduce", copied)
+    assert result.exit_code == 2
+    assert "trained on another base (sha256:0)" in told(result)
+    assert not (again / lora.WEIGHTS).exists()
+    assert "not a finished run" in told(etude("reproduce", files))
+
+
+def test_the_figures_of_a_comparison(copied, finished):
+    folder, _ = finished
+    same = proof.compare_runs(folder, folder)
+    assert same.same and same.close
+    assert len(proof.logged_losses(folder)) >= 6
+    lines = report.read_metrics(copied / run_folder.METRICS)
+
+    def log(change):
+        changed = [{**line, **change(line)} for line in lines]
+        (copied / run_folder.METRICS).write_text(
+            "".join(json.dumps(line) + "\n" for line in changed)
+        )
+        return proof.compare_runs(folder, copied)
+
+    near = log(
+        lambda line: {"loss": line["loss"] * 1.01} if line.get("loss") and line["step"] == 3 else {}
+    )
+    assert (near.same, near.close) == (False, True)
+    assert (
+        "first at step 3 (loss " in near.losses and "by up to 0.01 relative (step 3)" in near.losses
+    )
+    far = log(lambda line: {"loss": line["loss"] * 1.1} if line.get("loss") else {})
+    assert (far.same, far.close) == (False, False)
+    (copied / run_folder.METRICS).write_text(json.dumps(lines[0]) + "\n")
+    cut = proof.compare_runs(folder, copied)
+    assert (cut.same, cut.close) == (False, False)
+    assert "stand in one run only" in cut.losses
+
+
+# --- the real sample -------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_sample_trains_the_same_adapter_twice(tmp_path, files):
+    arguments = ("dataset.max_rows=4", "training.batch_size=1", "training.max_steps=2",
+                 "training.gradient_accumulation_steps=2", "training.warmup_steps=0",
+                 "dataset.validation_split=0")  # fmt: skip
+    first = tmp_path / "first"
+    result = train(loading.SAMPLE, files, first, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "120 tensors as trained" in result.output
+    again = etude("reproduce", first)
+    assert again.exit_code == 0, again.output
+    assert "bit for bit" in told(again)

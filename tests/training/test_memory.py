@@ -1,0 +1,443 @@
+"""The plan: what is counted is what real tensors hold, what does not fit is refused, no trace is left."""
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import ROWS
+from typer.testing import CliRunner
+
+from etude import train_with_config
+from etude.cli import app
+from etude.config.loading import load_config
+from etude.engine import int8, packing
+from etude.errors import UserError
+from etude.models import device, loading, lora
+from etude.runs import folder as run_folder
+from etude.training import counting, rehearsal
+from etude.training import memory as plan
+
+CPU = device.Device("cpu", "float32", "")
+
+
+def etude(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
+    return folder
+
+
+def overrides_for(model, files, *more):
+    return [
+        f"model.name={model}", "model.dtype=float32", "training.use_cpu=true",
+        f"dataset.train={files}/train.jsonl", f"dataset.validation={files}/val.jsonl",
+        "dataset.test=null", "dataset.max_length=128", "training.num_epochs=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def prepared(tiny_model, files):
+    """Settings, outline and examples of a training of the tiny model."""
+
+    def prepare(*more):
+        settings = load_config(None, overrides=overrides_for(tiny_model, files, *more))
+        outline = loading.outline(settings.model.name)
+        renderer = run_folder.renderer_for(outline, settings)
+        tables = train_with_config.read_tables(settings)
+        return settings, outline, train_with_config.encode(tables, renderer, settings, None)[0]
+
+    return prepare
+
+
+def planned(prepared, *more):
+    settings, outline, examples = prepared(*more)
+    found = plan.estimate(settings, outline, CPU, examples, 3)
+    assert found is not None
+    return found
+
+
+# --- the outline -----------------------------------------------------------------------------
+
+
+def shapes(model):
+    return {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+
+
+def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model):
+    outline = loading.outline(str(tiny_model))
+    empty = outline.model(torch.float32)
+    loaded = loading.load(str(tiny_model), CPU, known=outline)
+    assert shapes(empty) == shapes(loaded.model)
+    assert all(value.is_meta for value in empty.parameters())
+    assert not any(value.requires_grad for value in empty.parameters())
+    assert loaded.tokenizer is outline.tokenizer
+    assert outline.stored == torch.float32
+    assert shapes(outline.model(torch.bfloat16)) != shapes(loaded.model)
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_outlined_before_it_is_converted(monkeypatch, tmp_path):
+    known = loading.outline(loading.SAMPLE)
+    assert known.folder and not known.unconverted
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))  # as on the first use
+    first = loading.outline(loading.SAMPLE)
+    assert first.unconverted and list(tmp_path.iterdir()) == []
+    assert shapes(first.model(torch.float32)) == shapes(known.model(torch.float32))
+    # The rows are encoded with it, and the run is opened with the other.
+    text = "<|im_start|>user\nWhat's 12 × 3?\n\tNaïve  Zürich 🙂<|im_end|>"
+    assert first.tokenizer(text).input_ids == known.tokenizer(text).input_ids
+    assert first.tokenizer.chat_template == known.tokenizer.chat_template
+    assert first.tokenizer.eos_token_id == known.tokenizer.eos_token_id
+
+
+def test_a_hub_model_out_of_reach_is_told(monkeypatch):
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        loading.outline("nobody/nothing")
+    with pytest.raises(UserError, match=r"model\.revision"):
+        loading.outline(loading.SAMPLE, "main")
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+def test_base_adapter_and_optimizer_are_what_the_real_ones_hold(prepared, tiny_model):
+    settings, _, examples = prepared()
+    found = planned(prepared)
+    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    frozen = [value for value in model.parameters() if not value.requires_grad]
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert found.base == counting.size(frozen)
+    assert found.adapter == counting.size(trained)
+    for value in trained:
+        value.grad = torch.zeros_like(value)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
+    assert found.optimizer == counting.size(moments)
+
+    cutter = packing.Cutter.of(model, 1, 128, examples["train"])
+    int8.quantize(model, cutter(examples["train"]), torch.float32)
+    small = planned(prepared, "model.quantization=int8")
+    buffers = [b for m in model.modules() if isinstance(m, int8.Int8Linear) for b in m.buffers()]
+    rest = [value for value in model.parameters() if not value.requires_grad]
+    assert small.base == counting.size([*rest, *buffers]) < found.base
+    assert small.loading > found.loading
+
+
+def real_pass(model, batch):
+    """Bytes that the saved tensors of a real forward hold beside the model, by their storages."""
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = packing.token_losses(model, batch)
+    del losses
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpointing):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    settings, outline, examples = prepared("training.batch_size=4")
+    real = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = packing.Cutter.of(real, 4, 128, examples["train"])
+    batch, tokens = packing.largest(cutter(examples["train"]))
+    assert tokens >= batch.input_ids.numel() > 200
+    empty = lora.attach(outline.model(torch.float32), settings.lora, "tiny")
+    for model in (real, empty):
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+    with FakeTensorMode() as mode:
+        counting.numberless(empty)
+        faked = counting.fake_pass(mode, batch, stateful=False)
+        forward = counting.walk(empty, lambda: packing.token_losses(empty, faked))
+        both = counting.walk(empty, lambda: packing.token_losses(empty, faked).sum().backward())
+    if not checkpointing:  # what checkpointing saves goes past the hooks
+        assert forward.left == pytest.approx(real_pass(real, batch), rel=0.1)
+    assert both.peak >= forward.left
+    trained = [value for value in empty.parameters() if value.requires_grad]
+    # All is given back but the gradients, and a tensor or two that autograd keeps.
+    assert 0 <= both.left - counting.size(trained) < 0.01 * both.peak
+    # Backward: a product for the gradient of each input; for A and B one more each. Checkpointing
+    # computes the layers' forward again.
+    assert (2.0 if checkpointing else 1.7) < both.operations / forward.operations < 3.5
+
+
+def test_what_saves_memory_saves_it_in_the_plan(prepared):
+    plain = planned(prepared, "training.batch_size=4")
+    assert planned(prepared, "training.batch_size=1").training < plain.training
+    checkpointed = planned(
+        prepared, "training.batch_size=4", "training.gradient_checkpointing=true"
+    )
+    assert checkpointed.training < plain.training
+    assert planned(prepared, "training.batch_size=4", "lora.r=8").adapter < plain.adapter
+    wide = planned(prepared, "training.batch_size=4", "lora.target_modules=[all-linear]")
+    assert wide.training > plain.training
+    longer = planned(prepared, "training.batch_size=4", "generation.max_new_tokens=2560")
+    assert longer.generation > plain.generation
+    assert longer.training == plain.training
+    assert plain.peak >= plain.libraries + plain.base + plain.training
+    assert plain.seconds > 0
+
+
+def test_nf4_and_bf16_are_counted(prepared, tiny_model):
+    plain, small = planned(prepared), planned(prepared, "model.quantization=nf4")
+    linears = int8.frozen_linears(loading.outline(str(tiny_model)).model(torch.float32))
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    assert plain.base - small.base == pytest.approx(weights * (4 - plan.NF4), abs=2)
+    settings, outline, examples = prepared()
+    half = plan.estimate(settings, outline, replace(CPU, dtype="bfloat16"), examples, 3)
+    assert half.base * 2 == plain.base
+    assert half.adapter == plain.adapter  # float32 all the same
+    assert half.loading == plain.base  # the file's pages, until they are converted
+    # The proof opens what was trained on: the 4-bit base, read from the same file.
+    # Beside the libraries, which are as large as this process happens to be.
+    proofs = [found.proof - found.libraries for found in (plain, small)]
+    assert proofs[0] - plain.base - plain.adapter == plain.validation
+    assert proofs[1] == small.base + max(small.loading, small.adapter + small.validation)
+    assert small.loading == plain.base and plain.loading == 0
+    on_int8 = planned(prepared, "model.quantization=int8")
+    assert on_int8.proof >= on_int8.libraries + plain.base  # used on the float base
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "place", "ground"),
+    [
+        ({}, (), CPU, ""),
+        ({}, ("model.quantization=int8",), CPU, ""),
+        ({"parameters": plan.LARGEST}, (), CPU, ""),
+        ({"parameters": plan.LARGEST + 1}, (), CPU, "on models of more than 1.3e9 parameters"),
+        ({}, ("model.quantization=nf4",), CPU, "with a 4-bit base"),
+        ({}, (), device.Device("cuda", "float32", ""), "on a GPU"),
+        ({}, (), device.Device("mps", "float32", ""), "on a GPU"),
+    ],
+)
+def test_off_its_ground_the_plan_warns(prepared, monkeypatch, caplog, change, more, place, ground):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(device, "available", lambda _: 1)
+    monkeypatch.setattr(plan, "_alternatives", lambda *_: [])
+    settings, outline, examples = prepared(*more)
+    found = replace(plan.estimate(settings, outline, CPU, examples, 3), **change)
+    arguments = (found, settings, outline, place, examples, 3)
+    if ground:
+        assert plan.check(*arguments) is False
+        assert f"only a warning, because {ground} the plan was never measured" in caplog.text
+    else:
+        with pytest.raises(UserError, match="all the same: --force"):
+            plan.check(*arguments)
+        assert not caplog.text
+    caplog.clear()
+    assert plan.check(*arguments, force=True) is False
+    assert "--force: This training does not fit in memory" in caplog.text
+    monkeypatch.setattr(device, "available", lambda _: 10**12)
+    assert plan.check(*arguments) is True
+
+
+def test_a_model_that_cannot_be_walked_is_told_and_does_not_stop(prepared, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    settings, outline, examples = prepared()
+
+    def numbers(*_):
+        raise RuntimeError("needs the numbers")
+
+    monkeypatch.setattr(counting, "walk", numbers)
+    assert plan.estimate(settings, outline, CPU, examples, 3) is None
+    assert "no plan of memory and time for this model: RuntimeError: needs the" in caplog.text
+
+
+def test_wrong_target_modules_are_told_before_the_weights(prepared):
+    with pytest.raises(UserError, match="did you mean q_proj"):
+        planned(prepared, "lora.target_modules=[q_prj]")
+
+
+# --- does it fit -----------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_keys_and_savings(prepared, monkeypatch):
+    settings, outline, examples = prepared("training.batch_size=4")
+    found = plan.estimate(settings, outline, CPU, examples, 3)
+    # The libraries aside, of which a tiny model is a tiny part.
+    found = replace(found, libraries=0)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: -int(plan.LATER))
+    monkeypatch.setattr(device, "available", lambda _: found.needed + int(plan.LATER))
+    plan.check(found, settings, outline, CPU, examples, 3)  # the control: exactly enough
+    monkeypatch.setattr(device, "available", lambda _: found.needed + int(plan.LATER) - 1)
+    with pytest.raises(UserError, match="does not fit in memory") as refused:
+        plan.check(found, settings, outline, CPU, examples, 3)
+    lines = str(refused.value).splitlines()[1:]
+    saved = [float(line.split("saves ")[1].split(" ")[0]) for line in lines if "saves" in line]
+    assert saved == sorted(saved, reverse=True)
+    text = "\n".join(lines)
+    for key in ("training.gradient_checkpointing=true", "training.batch_size=1 ", "model.name"):
+        assert key in text
+    assert "and it fits" in text
+
+
+def test_a_training_that_does_not_fit_ends_before_the_weights(tiny_model, files, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+    run = files / "never"
+    arguments = [*overrides_for(tiny_model, files), f"output.dir={run}"]
+    monkeypatch.setattr(device, "available", lambda _: 0)
+    monkeypatch.setattr(device, "used_memory", lambda *_, **__: 10**6)
+    for program in ("train", "validate"):
+        result = etude(program, "--preset", "cpu", *arguments)
+        assert result.exit_code == 2, result.output
+        assert "does not fit in memory" in result.output
+        assert "model.quantization" not in result.output or "saves" in result.output
+    # --force goes on to the weights; off its ground so does the plan alone, and validate says so.
+    result = etude("train", "--preset", "cpu", *arguments, "--force")
+    assert result.exception.args == ("loaded",)
+    assert "--force: This training does not fit in memory" in result.output
+    monkeypatch.setattr(plan, "LARGEST", 1)
+    assert etude("train", "--preset", "cpu", *arguments).exception.args == ("loaded",)
+    result = etude("validate", "--preset", "cpu", *arguments)
+    assert result.exit_code == 0
+    assert "valid, but by the plan the training does not fit in memory" in result.output
+
+
+def test_limits_of_control_groups_are_kept(tmp_path):
+    member = tmp_path / "cgroup"
+    member.write_text("4:memory:/a/b\n0::/c\n")
+    for folder, names in (
+        ("memory/a/b", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        ("c", ("memory.max", "memory.current", "inactive_file")),
+    ):
+        home = tmp_path / folder
+        home.mkdir(parents=True)
+        (home / names[0]).write_text("1000\n")
+        (home / names[1]).write_text("700\n")
+        (home / "memory.stat").write_text(f"anon 1\n{names[2]} 200\n")
+    assert device._left_in_groups(tmp_path, member) == [500, 500]
+    (tmp_path / "c" / "memory.max").write_text("max\n")
+    assert device._left_in_groups(tmp_path, member) == [500]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc here")
+def test_a_process_reads_its_own_memory():
+    before = device.used_memory("cpu")
+    block = torch.ones(50_000_000)
+    assert device.used_memory("cpu") - before > 0.9 * block.nbytes
+    assert device.used_memory("cpu", peak=True) >= device.used_memory("cpu")
+    assert device.available("cpu") > 0
+
+
+# --- the rehearsal ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("training.gradient_checkpointing=true",)])
+def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
+    settings, _, examples = prepared("lora.dropout=0.5", *more)
+    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = packing.Cutter.of(model, 1, 128, examples["train"])
+    original, seen = packing.token_losses, []
+
+    def watched(model, batch):
+        seen.append((torch.is_grad_enabled(), model.training, batch.input_ids.numel()))
+        return original(model, batch)
+
+    monkeypatch.setattr(packing, "token_losses", watched)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random, mode = torch.get_rng_state(), model.training
+    assert rehearsal.rehearse(model, cutter, examples, settings) is cutter
+    steps = packing.first_steps(settings, examples["train"])
+    most = max(batch.input_ids.numel() for step in steps for batch in cutter(step))
+    assert [(grad, train) for grad, train, _ in seen] == [(True, True), (False, False)]
+    assert seen[0][2] == most
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.grad is None for value in model.parameters())
+    # The control: dropout did draw random numbers, so there was a trace to leave.
+    model.train()
+    original(model, next(cutter(examples["train"])))
+    assert not torch.equal(torch.get_rng_state(), random)
+
+
+def test_where_memory_runs_out_the_rehearsal_halves_the_passes(prepared, tiny_model, monkeypatch):
+    settings, _, examples = prepared("training.batch_size=4")
+    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    cutter = packing.Cutter.of(model, 4, 128, examples["train"])
+    original, limit = packing.token_losses, 150
+
+    def small(model, batch):
+        if batch.input_ids.numel() > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return original(model, batch)
+
+    monkeypatch.setattr(packing, "token_losses", small)
+    assert rehearsal.rehearse(model, cutter, examples, settings).budget == 128
+    limit = 2
+    with pytest.raises(UserError, match="not even one example fits in memory"):
+        rehearsal.rehearse(model, cutter, examples, settings)
+
+    def broken(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(packing, "token_losses", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        rehearsal.rehearse(model, cutter, examples, settings)
+
+
+def test_the_steps_of_the_longest_rows_are_always_looked_at(prepared, monkeypatch):
+    settings, _, examples = prepared("training.gradient_accumulation_steps=1")
+    rows = examples["train"]
+    monkeypatch.setattr(packing, "LOOKED_AT", 1)
+    longest = max(map(len, rows))
+    (last,) = packing.steps(settings.training.seed, 0, len(rows), 1)[-1]
+    assert longest in [len(e) for step in packing.first_steps(settings, rows) for e in step]
+    few = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"max_steps": 2})}
+    )
+    steps = list(packing.first_steps(few, rows))
+    assert len(steps) == 2
+    assert rows[last] not in steps[0]
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+def test_validate_shows_configuration_data_and_plan(tiny_model, files):
+    arguments = overrides_for(tiny_model, files)
+    result = etude("validate", *arguments, "--preset", "cpu")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "config    valid", "24 rows, format prompt_completion", "supervised", "⟦Because",
+        "optimizer", "generation", "GB at most, about", "3 steps", "the training fits in memory",
+    ):  # fmt: skip
+        assert words in result.output
+    assert re.search(r"truncated +\d", result.output)  # whole, at 80 columns
+    wrong = etude("validate", *arguments, "--preset", "cpu", "lora.rr=4")
+    assert wrong.exit_code == 2
+    assert "lora.r" in wrong.output and "plan" not in wrong.output
+
+
+def test_a_run_notes_planned_and_measured_memory(tiny_model, files, tmp_path):
+    run = tmp_path / "run"
+    arguments = overrides_for(tiny_model, files, "training.max_steps=2", f"output.dir={run}")
+    result = etude("train", *arguments, "--preset", "cpu")
+    assert result.exit_code == 0, result.output
+    memory = json.loads((run / "manifest.json").read_text())["results"]["memory"]
+    assert memory["planned"] > memory["plan"]["base"]
+    assert memory["peak"] > 0
