@@ -28,6 +28,7 @@ CODE = {
     path.relative_to(SOURCE).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
     for path in sorted(SOURCE.rglob("*.py"))
 }
+FILES = {f"{Path(name).name}.py" for name in CODE}
 MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluation.evaluate,
            "chat": chat.chat}  # fmt: skip
 
@@ -277,9 +278,10 @@ def exists(name):
     if name in READERS_FILES or name.startswith("runs/"):
         return True
     if name in RUN_FILES:
-        # These are held to the code: one of its files names them.
+        # Files of a run: the code names each of them.
         return any(name.rstrip("/").partition("*")[0] in text for text in CODE.values())
-    return any((folder / name).exists() for folder in (ROOT, SOURCE, SOURCE / "config" / "presets"))
+    folders = (ROOT, SOURCE, SOURCE / "config" / "presets")
+    return any((folder / name).exists() for folder in folders) or name in FILES
 
 
 def file_names(text):
@@ -336,7 +338,13 @@ def defined(module):
     return names
 
 
-FUNCTIONS = {f"{Path(module).name}.{name}" for module in CODE for name in defined(module)}
+# A function is named with its file, or with the file's package too where two files have one name.
+FUNCTIONS = {
+    f"{path}.{name}"
+    for module in CODE
+    for name in defined(module)
+    for path in (Path(module).name, module.replace("/", "."))
+}
 METHODS = {name for module in CODE for name in defined(module)}
 
 
@@ -352,10 +360,31 @@ def test_functions_named_exist(name):
     assert unknown - {"transformers.Trainer"} == set()
 
 
+def grounds_up():
+    """Modules and packages in the order in which they may import, as import-linter enforces it."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    (contract,) = tools["importlinter"]["contracts"]
+    return [set(layer.split(" | ")) for layer in reversed(contract["layers"])]
+
+
+@pytest.mark.parametrize("name", [FLOW, "CONTRIBUTING.md"])
+def test_trees_are_in_the_order_of_imports(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (tree,) = [block for block in blocks(text, "") if "src/etude/" in block]
+    lines = "\n".join(re.findall(r"^  \S.*$", tree, re.M))
+    found = re.findall(r"(?<![\w/])(\w+)(?:\.py|/)", lines)
+    order = [name for name in dict.fromkeys(found) if name not in ("main", "__init__")]
+    layers = grounds_up()
+    assert {*order, "main"} == set().union(*layers)
+    assert order == sorted(order, key=lambda name: [name in layer for layer in layers].index(True))
+
+
 def test_project_flow_lists_every_file_of_ours():
     tree = re.findall(r"^  ([\w/]+\.py) +\S.*$", "\n".join(blocks(TEXTS[FLOW], "")), re.M)
     assert len(tree) > 15
-    assert set(tree) == {f"{name}.py" for name in CODE if not name.endswith("/__init__")}
+    assert len(tree) == len(set(tree))
+    packages = {f"{name}.py" for name in CODE if name.endswith("/__init__")}
+    assert set(tree) == {f"{name}.py" for name in CODE} - packages
 
 
 # --- quotations and pictures -----------------------------------------------------------------
