@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from etude import main as simple_script
 from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
@@ -350,24 +349,3 @@ def test_every_program_runs_as_a_module(module):
     command = [sys.executable, "-m", f"etude.{module}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "KEY=VALUE" in done.stdout
-
-
-def test_the_simple_script_overwrites_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(simple_script, "OUTPUT", tmp_path)
-    with pytest.raises(SystemExit, match="exists, and is not overwritten"):
-        simple_script.main()
-
-
-@pytest.mark.real
-def test_the_simple_script_trains_and_says_what_it_saved(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(simple_script, "OUTPUT", tmp_path / "main")
-    monkeypatch.setattr(simple_script, "ROWS", 8)
-    monkeypatch.setattr(simple_script, "MAX_LENGTH", 128)
-    simple_script.main()
-    said = capsys.readouterr().out
-    assert "Saved the adapter" in said
-    assert "train_with_config.py" in said
-    weights = load_file(tmp_path / "main" / "adapter_model.safetensors")
-    assert sum(value.numel() for value in weights.values()) == 3_686_400
-    assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
