@@ -378,7 +378,7 @@ def run_transformers(steps: list[Any], model_name: str, folder: str) -> Any:
 
 
 def run_main(steps: list[Any], model_name: str, folder: str) -> Any:
-    """What main.py does: every row padded to 512, one row at a time, gradients accumulated."""
+    """The Trainer as it comes: rows padded to 512, one at a time, gradients accumulated."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     rows = [
