@@ -352,7 +352,8 @@ METHODS = {name for module in CODE for name in defined(module)}
 def test_functions_named_exist(name):
     text = TEXTS[name]
     code = spans(text) + blocks(text, "mermaid")
-    called = {m for part in code for m in re.findall(r"([A-Za-z_][\w.]*)\(\)", part)}
+    call = re.compile(r"([A-Za-z_][\w.]*)\(\)|\betude\.([\w.]+)\(")
+    called = {name or ours for part in code for name, ours in call.findall(part)}
     classes = {m for part in code for m in re.findall(r"\b([a-z_]+\.[A-Z]\w+)\b", part)}
     called = {name.removeprefix("etude.") for name in called}
     assert len(called) >= (30 if name == FLOW else 0)
