@@ -55,7 +55,7 @@ def prose(text):
 
 
 def spans(text):
-    """What stands in backticks outside of fenced blocks."""
+    """What is in backticks outside of fenced blocks."""
     return re.findall(r"`([^`\n]+)`", prose(text))
 
 
@@ -392,7 +392,7 @@ def test_project_flow_lists_every_file_of_ours():
 
 
 def said():
-    """Every text that the code holds, literal parts joined where they stand in one string."""
+    """Every text that the code holds, the literal parts of one string joined."""
     texts = [(ROOT / "Makefile").read_text()]
     for code in CODE.values():
         for node in ast.walk(ast.parse(code)):

@@ -153,7 +153,7 @@ def inline(value: object) -> str:
 
 
 def fetch_mermaid() -> str:
-    """Mermaid's script: from build/, or fetched and held against its hash."""
+    """Mermaid's script: from build/, or fetched and checked against its hash."""
     kept = ROOT / "build" / Path(MERMAID).with_suffix(".js").name
     if not kept.exists():
         try:
