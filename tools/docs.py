@@ -24,8 +24,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from notes import FOLDER, code_files, read, write
-from notes_page import CODE_SECTION, LANGUAGE, NOTE, Page, page_of, read_page, section
+from notes import STRICT, code_files, read, write
+from notes_page import FOLDER, NOTE, Page, name_of, page_of, read_page
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
@@ -41,22 +41,18 @@ LINK = re.compile(r"(\]\(<?)([^)\s>#:]+)((?:#[^)\s>]*)?>?\))")
 # Diagrams are drawn by Mermaid in the browser; with our copy, the site needs no other server.
 MERMAID = "https://registry.npmjs.org/mermaid/-/mermaid-12.3.0.tgz"
 MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="  # fmt: skip
-# Parts of the navigation: its pages, by the start of the code file's path.
-PARTS = {
-    "The programs": ["main.py", "train_with_config.py", "evaluation.py", "chat.py", "config.yml"],
-    "The library": ["src/etude/"],
-}
 
 
-def rows(page: Page, language: str) -> Iterator[tuple[int, list[str], list[str]]]:
+def rows(page: Page) -> Iterator[tuple[int, list[str], list[str]]]:
     """Code and notes side by side: the first line's number, lines of code as HTML, notes as HTML."""
     formatter = HtmlFormatter(nowrap=True)
-    text = highlight("".join(page.code), get_lexer_by_name(language, stripnl=False), formatter)
+    lexer = get_lexer_by_name(page.held.language, stripnl=False)
+    text = highlight("".join(page.code), lexer, formatter)
     lines = text.removesuffix("\n").split("\n")
     start = 0
-    for number, noted in sorted(page.noted.items()):
+    for number in sorted(page.noted):
         end = page.statements[number].last + 1
-        yield start + 1, lines[start:end], [note(page.lines[at]) for at in noted]
+        yield start + 1, lines[start:end], [note(line) for line in page.notes(number)]
         start = end
     if start < len(lines):
         yield start + 1, lines[start:], []
@@ -73,9 +69,8 @@ def note(line: str) -> str:
 def side_by_side(file: str, text: str) -> str:
     """A page with its code and notes in two columns."""
     page = read_page(file, text)
-    language = LANGUAGE[Path(file).suffix]
     parts = ['<div class="tour">\n']
-    for number, code, notes in rows(page, language):
+    for number, code, notes in rows(page):
         kind = "row" if notes else "row bare"
         parts.append(f'<div class="{kind}"><pre class="highlight"><code>')
         parts += [
@@ -85,14 +80,8 @@ def side_by_side(file: str, text: str) -> str:
         ]  # fmt: skip
         parts.append(f'</code></pre><div class="notes">{"".join(notes)}</div></div>\n')
     parts.append("</div>\n")
-    lines = list(page.lines)
-    first, last = page.held[0].first, page.held[-1].last
-    assert len(page.held) == 1 or not any(
-        heading.line in range(first, last) for heading in page.headings
-    ), f"{file}: headings between blocks of code"
-    assert first in section(page.headings, CODE_SECTION, len(lines))
-    lines[first : last + 1] = ["\n", *parts, "\n"]
-    return "".join(lines)
+    before, after = page.lines[: page.held.first], page.lines[page.held.last + 1 :]
+    return "".join([*before, "\n", *parts, "\n", *after])
 
 
 def linked(path: Path, text: str, files: dict[str, str]) -> str:
@@ -117,23 +106,18 @@ def linked(path: Path, text: str, files: dict[str, str]) -> str:
 
 def navigation(files: dict[str, str]) -> list[object]:
     """The site's pages in the order of its navigation."""
-    left = dict(files)
     parts: list[object] = [
         {"Etude": "README.md"},
         {"Guide": [f"docs/{name}.md" for name in GUIDE]},
         {"How data flows": "PROJECT_FLOW.md"},
         {"Benchmarks": "benchmarks/README.md"},
     ]
-    code: list[object] = [{"Start here": f"{FOLDER}/README.md"}]
-    for title, starts in PARTS.items():
-        pages: list[object] = []
-        for start in starts:
-            for page, file in sorted(left.items()):
-                if file.startswith(start) or page == page_of(start):
-                    pages.append({page.removesuffix(".md"): f"{FOLDER}/{page}"})
-                    del left[page]
-        code.append({title: pages})
-    assert not left, f"no part of the navigation holds {sorted(left)}"
+    names = [name_of(file) for file in files.values()]
+    code: list[object] = [
+        {"Start here": f"{FOLDER}/README.md"},
+        {"The programs": [{n: f"{FOLDER}/{page_of(n)}"} for n in STRICT if n in names]},
+        {"The library": [{n: f"{FOLDER}/{page_of(n)}"} for n in names if n not in STRICT]},
+    ]
     return [
         *parts,
         {"Commented code": code},

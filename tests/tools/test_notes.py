@@ -3,7 +3,6 @@
 import random
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,101 +11,111 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))  # as for python tools/notes.py
 
 import notes  # noqa: E402
-import notes_page  # noqa: E402
-import notes_sync  # noqa: E402
+from notes_page import NOTE, Fault, page_of, read_page, split, statements  # noqa: E402
 
 FILES = sorted(notes.code_files(ROOT).values())
+PYTHON = [file for file in FILES if file.endswith(".py")]
 SOURCES = {file: notes.read(ROOT / file) for file in FILES}
-PYTHON = [
-    file
-    for file in FILES
-    if file.endswith(".py") and notes_page.statements(SOURCES[file], "python")
-]
+FILE = "src/etude/x.py"
+SMALL = "def f(x):\n    y = x + 1\n    return y\n\n\ndef g(x):\n    return x\n"
 
 
-def language(file):
-    return notes_page.LANGUAGE[Path(file).suffix]
-
-
-def page(file, source, wanted=lambda number: True, cuts=()):
+def page(file, source, wanted=lambda number: True):
     """A finished page: WHAT and WHY, each with a text of its own, under every wanted statement."""
-    under = {}
-    for number, item in enumerate(notes_page.statements(source, language(file))):
+    lines = split(source)
+    for number, item in reversed(list(enumerate(statements(file, source)))):
         if wanted(number) and not item.is_docstring:
-            kinds = [
+            lines[item.last + 1 : item.last + 1] = [
                 f"{item.indent}# {kind}: {kind.lower()} of {number}.\n" for kind in ("WHAT", "WHY")
             ]
-            under[item.last] = kinds
-    text = notes.skeleton(file, source).replace("\nTODO: write this section.\n", "\nSome prose.\n")
-    head, _, rest = text.partition(f"{language(file)}\n")
-    tail = rest[len(source) :]
-    ticks = tail.partition("\n")[0]
-    cut = f"{ticks}\n\nMore prose.\n\n{ticks}{language(file)}\n"
-    lines = [
-        part
-        for at, line in enumerate(notes_page.split(source))
-        for part in ((cut if at in cuts else "") + line, *under.get(at, []))
-    ]
-    return f"{head}{language(file)}\n{''.join(lines)}{tail}"
+    text = notes.skeleton(file).replace("\nTODO: write this section.\n", "\nSome prose.\n")
+    return notes.rewritten(read_page(file, text), lines, [])
 
 
 def lock(file, text):
-    return notes_page.written(notes_page.fresh(notes_page.read_page(file, text)).values())
+    found = read_page(file, text)
+    return set(notes.keys(found.statements, found.noted).values())
 
 
-def faults(file, text, source):
-    return notes.check_page(file, text, source, lock(file, text))
+def faults(file, text, source, accepted=None):
+    found = lock(file, text) if accepted is None else accepted
+    return [str(f) for f in notes.check_page(read_page(file, text), found, source)]
 
 
 def texts(text):
-    """Every note of a page, wherever it stands, marks left out."""
-    lines = (line.strip() for line in text.splitlines())
-    return Counter(
-        line for line in lines if notes_page.NOTE.match(line) and line != notes_page.STALE
-    )
+    """Every note of a page, wherever it stands."""
+    return Counter(line.strip() for line in text.splitlines() if NOTE.match(line))
+
+
+class Project:
+    """A small project of code files and their pages."""
+
+    def __init__(self, root):
+        self.root = root
+        (root / "config.yml").write_text("a:\n  b: 1  # one\n")
+        self.add("config.yml", "a:\n  b: 1  # one\n")
+        for name in ("README.md", "COMMENTED_CODE/README.md"):
+            notes.write(root / name, "# A `b_c` [d](README.md): e!\n")
+
+    def add(self, file, source, text=None):
+        """A code file with its page, all notes accepted."""
+        notes.write(self.root / file, source)
+        notes.write(self.page(file), text or page(file, source))
+        assert self.run("accept", page_of(file)) == 0
+
+    def page(self, file=FILE):
+        return self.root / "COMMENTED_CODE" / page_of(file)
+
+    def change(self, source, file=FILE):
+        notes.write(self.root / file, source)
+
+    def run(self, *words):
+        return notes.main(words, self.root)
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+@pytest.fixture
+def small(project):
+    project.add(FILE, SMALL)
+    return project
 
 
 # --- pages and code ------------------------------------------------------------------------------
 
 
-def test_files_are_found_and_no_two_share_a_page():
+def test_files_are_found_and_no_two_share_a_page(tmp_path):
     assert {"src/etude/chat.py", "config.yml"} <= set(FILES)
     assert not any(file.startswith(("tests/", "tools/", "benchmarks/")) for file in FILES)
-    assert (
-        len(notes.code_files(ROOT))
-        == len({notes_page.page_of(file) for file in FILES})
-        == len(FILES)
-    )
-    assert notes_page.page_of("src/etude/chat.py") == "chat.py.md"
-    assert notes_page.page_of("src/etude/engine/packing.py") == "engine-packing.py.md"
+    assert len(FILES) == len({page_of(file) for file in FILES}) > 30
+    sources = {
+        "config.yml": "a: 1\n", "src/etude/a/__init__.py": '"""A package."""\n', "tools/x.py": "x = 1\n",
+        "src/etude/a/__main__.py": "", "src/etude/a/b.py": "x = 1\n", "src/etude/b.py": "x = 1\n",
+        "src/etude/__init__.py": "x = 1\n",
+    }  # fmt: skip
+    for file, source in sources.items():
+        notes.write(tmp_path / file, source)
+    assert sorted(notes.code_files(tmp_path)) == [
+        "__init__.py.md", "a-__main__.py.md", "a-b.py.md", "b.py.md", "config.yml.md",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_skeleton_holds_the_code_and_only_writing_is_missing(file):
-    text = notes.skeleton(file, SOURCES[file])
-    assert "".join(notes_page.read_page(file, text).code) == SOURCES[file]
-    found = notes.check_page(file, text, SOURCES[file], None)
-    assert sum("TODO" in fault.text for fault in found) == len(notes.SECTIONS)
-    assert all(fault.text.startswith(("still to", "no lock", "no WHAT")) for fault in found)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_finished_page_has_no_fault(file):
+def test_a_finished_page_of_each_file_has_no_fault(file):
     text = page(file, SOURCES[file])
     assert texts(text).total() > SOURCES[file].count("\n") / 20
     assert faults(file, text, SOURCES[file]) == []
-    read = notes_page.read_page(file, text)
+    read = read_page(file, text)
     assert "".join(read.code) == SOURCES[file]
-    assert len(read.noted) == sum(not s.is_docstring for s in read.statements)
-    cut = page(file, SOURCES[file], cuts=[s.first for s in read.statements[3::40]])
-    assert faults(file, cut, SOURCES[file]) == []
+    assert len(read.noted) == sum(not item.is_docstring for item in read.statements)
 
-
-# --- traps of the tokenizer ----------------------------------------------------------------------
 
 TRAPS = '''"""Module.
 
-# WHAT: this is a string
+# a string
 """
 
 import os as \\
@@ -117,12 +126,12 @@ import os as \\
     1,  # one
 )
 @other
-async def f(a, *, b="# WHY: no"):
+async def f(a, *, b="# no"):
     """Docstring."""
     text = """
-# WHAT: a string
+# a string
     ``` and ````
-# WHY: string""" + 'x'  # end
+""" + 'x'  # end
     if a: return text
     def inner():
 \t    return {
@@ -151,155 +160,118 @@ class C(
 '''
 
 
-def test_traps():
-    found = notes_page.statements(TRAPS, "python")
-    heads = [(s.text.split("\n")[0], s.scope) for s in found]
-    assert heads[:6] == [
+def test_traps_of_the_tokenizer():
+    found = statements(FILE, TRAPS)
+    heads = [(item.text.split("\n")[0], item.scope) for item in found]
+    assert heads[:10] == [
         ('"""Module.', ""), ("import os as \\", ""), ("@decorate(", "f"), ("@other", "f"),
-        ('async def f(a, *, b="# WHY: no"):', "f"), ('"""Docstring."""', "f"),
+        ('async def f(a, *, b="# no"):', "f"), ('"""Docstring."""', "f"), ('text = """', "f"),
+        ("if a: return text", "f"), ("def inner():", "f.inner"), ("return {", "f.inner"),
     ]  # fmt: skip
-    assert heads[6:10] == [
-        ('text = """', "f"), ("if a: return text", "f"), ("def inner():", "f.inner"),
-        ("return {", "f.inner"),
+    assert heads[-4:] == [
+        ('return "ünï\u2028code\x0b" + \\', "f"), ("class C(", "C"), ("x: int = 1", "C"),
+        ("def m(self): return 1", "C.m"),
     ]  # fmt: skip
-    assert heads[-4:-1] == [
-        ('return "ünï\u2028code\x0b" + \\', "f"),
-        ("class C(", "C"),
-        ("x: int = 1", "C"),
-    ]
-    assert heads[-1] == ("def m(self): return 1", "C.m")
-    assert [s.is_docstring for s in found].count(True) == 2
-    assert len({s.block for s in found}) == 5
-    text = page("src/etude/x.py", TRAPS)
+    assert [item.is_docstring for item in found].count(True) == 2
+    text = page(FILE, TRAPS)
     assert "`````python" in text
-    assert faults("src/etude/x.py", text, TRAPS) == []
-    assert len(texts(text)) == 2 * (len(found) - 2) + 3
+    assert faults(FILE, text, TRAPS) == []
+    assert len(texts(text)) == 2 * (len(found) - 2)
 
 
 @pytest.mark.parametrize(
-    "source", ["", "# only a comment\n", "x = 1\r\nif x:\r\n    y = '''\r\n'''\r\n", "\tx\n"[1:]]
+    "source", ["", "# only a comment\n", "x = 1\r\nif x:\r\n    y = '''\r\n'''\r\n"]
 )
 def test_odd_files(source):
-    text = page("src/etude/x.py", source)
-    assert faults("src/etude/x.py", text, source) == []
+    assert faults(FILE, page(FILE, source), source) == []
 
 
 @pytest.mark.parametrize(
     ("code", "line", "wrong"),
     [
-        (
-            "f(\n    # WHAT: no\n    1)\n",
-            2,
-            "the note stands inside a statement; move it under line",
-        ),
-        ("x = 1\n\n# WHAT: no\n", 3, "the note does not stand directly under a statement"),
-        ("# WHAT: no\nx = 1\n", 1, "the note does not stand directly under a statement"),
-        ("x = 1 + \\\n# WHAT: no\n  2\n", 2, "the note stands inside a statement"),
-        (
-            "if x:\n    y\n# WHAT: no\n",
-            3,
-            "the note is not indented like its statement; begin it with 4",
-        ),
-        ("x = 1\n# WHAT:\n", 2, "the note has no text"),
-        ("x = 1\n# WHY: because\n", 1, "no WHAT in the block that begins here: 'x = 1'"),
-        ("x = 1\n# Why: because\n", 2, "the code goes on after the end"),
-        (
-            'x = """\n# WHY: because\n"""\n',
-            2,
-            "the code is not that of src/etude/x.py, whose line 2 is",
-        ),
-        (
-            "x = (\n# WHAT: no\n",
-            3,
-            "not Python: EOF in multi-line statement; compare with src/etude/x.py",
-        ),
+        ("f(\n    # WHAT: no\n    1)\n", 2, "the note does not stand directly under a whole"),
+        ("x = 1\n\n# WHAT: no\n", 3, "the note does not stand directly under a whole"),
+        ("# WHAT: no\nx = 1\n", 1, "the note does not stand directly under a whole"),
+        ("x = 1 + \\\n# WHAT: no\n  2\n", 2, "the note does not stand directly under a whole"),
+        ("x = '''\n# WHAT: no\n'''\n", 2, "the note does not stand directly under a whole"),
+        ("if x:\n    y\n# WHAT: no\n", 3, "behind as many blanks as its statement, 4"),
+        ("x = 1\n# WHAT:\n", 2, "write the note as `# WHAT: text`"),
+        ("x = 1\n# WHY: because\n", 1, "no WHAT for 'x = 1'"),
+        ("x = 1\n# Why: because\n", 2, "whose line 2 is behind its end"),
     ],
 )
-def test_notes_in_the_wrong_place_are_refused(code, line, wrong):
-    source = "".join(
-        line for line in notes_page.split(code) if "# WH" not in line and "# Why" not in line
-    )
-    text = page("src/etude/x.py", "pass\n", lambda _: False).replace("\npass\n", f"\n{code}")
-    found = notes.check_page("src/etude/x.py", text, source, "")
+def test_notes_in_the_wrong_place_or_form_are_faults(code, line, wrong):
+    source = "".join(line for line in split(code) if "# WH" not in line and "# Why" not in line)
+    text = page(FILE, "pass\n", lambda number: False).replace("\npass\n", f"\n{code}")
     start = text.split("\n").index("```python") + 1
-    assert any(f.line - start == line and f.text.startswith(wrong) for f in found), (start, found)
-
-
-def test_code_that_looks_like_a_note_is_refused():
-    source = "x = 1\n# WHAT: a comment of the code's own\n"
-    text = notes.skeleton("src/etude/x.py", source).replace("TODO: ", "")
-    with pytest.raises(notes_page.Broken, match=r"line 2 of src/etude/x\.py looks like a note"):
-        notes_sync.synced("src/etude/x.py", page("src/etude/x.py", "y = 1\n"), source, None)
-    (fault,) = notes.check_page("src/etude/x.py", text, source, None)
-    assert "line 2 of src/etude/x.py looks like a note" in fault.text
-    (fault,) = notes.check_page("src/etude/x.py", page("src/etude/x.py", "x = 1\n"), "x = 1", None)
-    assert "no newline at its end" in fault.text
+    found = faults(FILE, text, source)
+    assert any(f"x.py.md:{start + line}: " in fault and wrong in fault for fault in found), found
 
 
 def test_the_four_programs_and_config_yml_need_what_and_why_everywhere():
     for file in ("src/etude/main.py", "config.yml"):
         text = page(file, SOURCES[file])
         lines = text.split("\n")
-        for at in [at for at, line in enumerate(lines) if notes_page.NOTE.match(line)][::7]:
-            less = "\n".join(lines[:at] + lines[at + 1 :])
-            (fault,) = notes.check_page(file, less, SOURCES[file], lock(file, less))
-            assert "for this statement" in fault.text and fault.line <= at + 1
-    # Elsewhere one WHAT will do, in each function, class and run of top-level statements.
-    file = "src/etude/lora.py"
-    found = notes_page.statements(SOURCES[file], "python")
+        for at in [at for at, line in enumerate(lines) if NOTE.match(line)][::7]:
+            kind = lines[at].split()[1].strip(":")
+            (fault,) = faults(file, "\n".join(lines[:at] + lines[at + 1 :]), SOURCES[file])
+            assert f"no {kind} for" in fault and int(fault.split(":")[1]) <= at + 1
+    # Elsewhere one WHAT will do, in each function and class, and one at the top level.
+    file = "src/etude/errors.py"
     first = {}
-    for number, item in enumerate(found):
+    for number, item in enumerate(statements(file, SOURCES[file])):
         if not item.is_docstring:
-            first.setdefault(item.block, number)
+            first.setdefault(item.scope, number)
     text = page(file, SOURCES[file], lambda number: number in first.values())
     assert 2 * len(first) == texts(text).total() > 6
     assert faults(file, text, SOURCES[file]) == []
-    for left_out in first.values():
-        text = page(file, SOURCES[file], lambda n, out=left_out: n in first.values() and n != out)
+    for out in first.values():
+        text = page(file, SOURCES[file], lambda n, out=out: n in first.values() and n != out)
         (fault,) = faults(file, text, SOURCES[file])
-        assert "no WHAT in the block" in fault.text
-        assert text.split("\n")[fault.line - 1].strip() == found[left_out].text.split("\n")[0]
+        assert "no WHAT for" in fault
 
 
 def test_title_sections_and_fences():
-    file, source = "tools/x.py", 'x = "```"\n'
-    text = page(file, source)
-    assert faults(file, text, source) == []
-    for change, said in [
-        (("# tools/x.py -", "# x.py -"), "the title is not"),
-        (("## Benefits", "## Benefit"), 'the section "## Benefits" is missing'),
-        (("## Trade-offs", "## Benefits"), 'a second section "## Benefits"'),
-        (("## Benefits\n\nSome prose.", "## Benefits"), "is empty"),
-        (("Some prose.", "TODO: later"), "still to be written"),
-        (("## Related Files", "## Orphaned notes\n\nx\n\n## Related Files"), "code is gone"),
-        (("## Requirements", "`````python\nopen"), "never closed"),
-        (("````python", "````text"), "has no ```python block"),
-        (("````", "```"), "no longer than a run of backticks"),
+    source = 'x = "```"\n'
+    text = page(FILE, source)
+    assert faults(FILE, text, source) == []
+    for old, new, wrong in [
+        ("# x.py -", "# y.py -", "the title is not"),
+        ("## Benefits", "## Benefit", "the sections are without Benefits"),
+        ("## Trade-offs", "## Benefits", "the sections are without Trade-offs"),
+        ("Some prose.", "TODO: later", "still to be written"),
+        ("## Related Files", "## Orphaned notes\n\nx\n\n## Related Files", "code is gone"),
+        ("## Requirements", "`````python\nopen", "never closed"),
+        ("````python", "````text", "must have one ```python block"),
+        ("x = ", "x = (", "the code is not Python"),
     ]:
-        assert text.count(change[0])
-        found = notes.check_page(file, text.replace(*change), source, "")
-        assert any(said in fault.text for fault in found), (said, found)
+        assert old in text
+        try:
+            found = faults(FILE, text.replace(old, new), source, set())
+        except Fault as fault:
+            found = [str(fault)]
+        assert any(wrong in fault for fault in found), (wrong, found)
     swapped = text.replace("## Overview", "## X").replace("## Benefits", "## Overview")
-    (fault,) = faults(file, swapped.replace("## X", "## Benefits"), source)
-    assert fault.line == 3 and '"## Overview" should stand here' in fault.text
+    (fault,) = faults(FILE, swapped.replace("## X", "## Benefits"), source)
+    assert "in the order Benefits, Overview, Trade-offs" in fault
+    fenced = text.replace("Some prose.", "```text\nTODO: x\n## Orphaned notes\n```")
+    assert faults(FILE, fenced, source) == []
 
 
-# --- drift: mutations, sync, accept --------------------------------------------------------------
+# --- drift: changed code, sync, accept -----------------------------------------------------------
 
 
 def mutated(source, item, chance):
     """The source with one line of a statement changed, by one of several means; and that line."""
-    lines = notes_page.split(source)
+    lines = split(source)
     at = chance.randrange(item.first, item.last + 1)
-    way = chance.choice(["word", "drop", "twice", "blank", "comment", "letter"])
+    way = chance.choice(["word", "drop", "twice", "blank", "letter"])
     if way == "drop":
         del lines[at]
     elif way == "twice":
         lines.insert(at, lines[at])
     elif way == "blank":
         lines.insert(at, "\n")
-    elif way == "comment":
-        lines[at] = lines[at][:-1] + "  # changed\n"
     elif way == "word":
         lines[at] = lines[at][:-1] + " and other\n"
     else:
@@ -310,30 +282,28 @@ def mutated(source, item, chance):
 
 def test_every_change_of_code_is_caught_with_its_line():
     chance = random.Random(0)
-    pages = {file: page(file, source) for file, source in SOURCES.items()}
-    locks = {file: lock(file, text) for file, text in pages.items()}
     exact = 0
-    for _ in range(200):
+    for _ in range(100):
         file = chance.choice([file for file in FILES if file != "src/etude/__init__.py"])
-        item = chance.choice(notes_page.statements(SOURCES[file], language(file)))
-        source, at = mutated(SOURCES[file], item, chance)
-        (fault,) = notes.check_page(file, pages[file], source, locks[file])
-        assert f"sync {notes_page.page_of(file)}" in fault.text
+        source, at = mutated(SOURCES[file], chance.choice(statements(file, SOURCES[file])), chance)
+        text = page(file, SOURCES[file])
+        (fault,) = faults(file, text, source)
+        assert f"sync {page_of(file)}" in fault
         # Where equal lines stand together, the first difference lies below the line changed.
-        read, line = notes_page.read_page(file, pages[file]), SOURCES[file].split("\n")[at]
-        between = [*read.where, read.held[-1].last].index(fault.line - 1) - at
-        assert all(other == line for other in SOURCES[file].split("\n")[at : at + between])
+        read, lines = read_page(file, text), SOURCES[file].split("\n")
+        between = [*read.where, read.held.last].index(int(fault.split(":")[1]) - 1) - at
+        assert all(other == lines[at] for other in lines[at : at + between])
         exact += between == 0
-    assert exact > 150
+    assert exact > 75
 
 
 def edited(source, chance):
     """The source after one to three edits that leave it Python: change, insert, move, delete."""
     for _ in range(chance.randint(1, 3)):
-        lines = notes_page.split(source)
+        lines = split(source)
         simple = [
             item
-            for item in notes_page.statements(source, "python")
+            for item in statements(FILE, source)
             if not item.is_docstring and not item.text.startswith("@") and ends_itself(item)
         ]
         item = chance.choice(simple)
@@ -367,226 +337,191 @@ def ends_itself(item):
     return not item.text.rpartition("  #")[0].endswith(":") and not item.text.endswith(":")
 
 
-def test_sync_loses_no_note_marks_what_changed_and_leaves_the_rest():
+def test_sync_loses_no_note_and_accepts_none_of_changed_code(project, capsys):
     chance = random.Random(1)
-    marked = orphaned = unmarked = 0
-    for _ in range(50):
-        file = chance.choice([file for file in PYTHON if len(SOURCES[file]) > 2000])
-        old = notes_page.statements(SOURCES[file], "python")
-        text = page(file, SOURCES[file], cuts=[old[len(old) // 2].first] * chance.randrange(2))
+    changed = orphaned = unchanged = 0
+    for _ in range(30):
+        file = chance.choice([f for f in FILES if f.endswith(".py") and len(SOURCES[f]) > 2000])
+        old = statements(file, SOURCES[file])
+        project.add(file, SOURCES[file])
+        text = project.page(file).read_text()
         source = edited(SOURCES[file], chance)
-        after, after_lock = notes_sync.synced(file, text, source, lock(file, text))
-        read = notes_page.read_page(file, after)
-        assert "".join(read.code) == source
+        project.change(source, file)
+        assert project.run("sync", page_of(file)) == 0
+        after = project.page(file).read_text()
         assert texts(after) == texts(text)
-        assert notes_sync.synced(file, after, source, after_lock) == (after, after_lock)
-        # A note without a mark stands under the very statement it was written for.
-        lines = after.split("\n")
-        for number, rows in read.noted.items():
-            written_for = old[int(lines[rows[0]].rpartition(" ")[2].rstrip("."))]
+        read, accepted, _ = notes.load(project.root, page_of(file), file)
+        assert "".join(read.code) == source
+        # Notes are accepted under the very statement that they were written for.
+        for number, key in notes.keys(read.statements, read.noted).items():
+            written_for = old[int(read.notes(number)[0].rpartition(" ")[2].rstrip(".\n"))]
             now = read.statements[number]
-            if notes_page.is_stale(read, number):
-                marked += 1
-                assert (written_for.scope, written_for.text) != (now.scope, now.text)
-            else:
-                unmarked += 1
-                assert (written_for.scope, written_for.text) == (now.scope, now.text)
+            assert (key in accepted) == (written_for.identity == now.identity)
+            unchanged += key in accepted
+            changed += key not in accepted
         orphaned += "\n## Orphaned notes\n" in after
-        # What stands outside of the code is as it was.
-        before, held = notes_page.split(text), notes_page.read_page(file, text).held
-        outside = ["".join(before[: held[0].first + 1]), "".join(before[held[-1].last :])]
-        outside += [f"\n{''.join(before[a.last : b.first + 1])}" for a, b in pairwise(held)]
-        assert after.startswith(outside[0])
-        assert all(after.count(part) == text.count(part) for part in outside)
-        # check tells of the marks, the orphans and what is new without notes; of nothing else.
-        told = notes.check_page(file, after, source, after_lock)
-        known = ("the statement above changed", "notes whose code is gone", "no WHAT")
-        assert all(fault.text.startswith(known) for fault in told)
-    assert marked > 20 and orphaned > 10 and unmarked > 1000
+        # What is outside of the code is as it was.
+        before = read_page(file, text)
+        assert read.lines[: read.held.first] == before.lines[: before.held.first]
+        below = before.lines[before.held.last + 1 :]
+        assert read.lines[read.held.last + 1 :][: len(below)] == below
+        # check reports what changed, the orphans and what is new without notes; nothing else.
+        known = ("new or changed", "notes whose code is gone", "no WHAT", "no WHY")
+        assert all(any(k in f for k in known) for f in faults(file, after, source, accepted))
+        assert project.run("sync", page_of(file)) == 0
+        assert project.page(file).read_text() == after
+        assert notes.load(project.root, page_of(file), file)[1] == accepted
+    assert changed > 15 and orphaned > 5 and unchanged > 1000
 
 
-SMALL = "def f(x):\n    y = x + 1\n    return y\n\n\ndef g(x):\n    return x\n"
-FILE = "src/etude/x.py"
+def synced(project, source, capsys):
+    """The page after its code became `source`, and what check reports."""
+    project.change(source)
+    assert project.run("sync", "x.py.md") == 0
+    capsys.readouterr()
+    project.run("check", "x.py.md")
+    return project.page().read_text(), capsys.readouterr().out.splitlines()
 
 
-def sync(source, text=None, held=None):
-    text = text or page(FILE, SMALL)
-    return notes_sync.synced(FILE, text, source, held or lock(FILE, text))
-
-
-def test_sync_follows_moves_and_renames():
+def test_sync_follows_moves(small, capsys):
     above, _, below = SMALL.partition("\n\n\n")
     moved = f"{below}\n\n{above}\n"
-    text, held = sync(moved)
-    assert notes_page.STALE not in text and notes.check_page(FILE, text, moved, held) == []
-    renamed = SMALL.replace("def f(", "def first(")
-    text, held = sync(renamed)
-    (fault,) = notes.check_page(FILE, text, renamed, held)  # only the header changed
-    assert "the statement above changed" in fault.text
-    assert text.split("\n")[fault.line - 4] == "def first(x):"
-    indented = "if True:\n" + "".join(
-        f"    {line}" if line.strip() else line for line in notes_page.split(SMALL)
-    )
-    text, _ = sync(indented)
-    assert notes_page.STALE not in text and "        # WHAT: what of 1.\n" in text
+    _, found = synced(small, moved, capsys)
+    assert found == ["1 pages without a fault"]
 
 
-def test_sync_keeps_the_notes_of_code_that_is_gone():
-    rest = "def g(x):\n    return x\n"
-    text, held = sync(rest)
-    assert texts(text) == texts(page(FILE, SMALL))
-    tail = text[text.index("\n## Orphaned notes\n") :]
+def test_sync_follows_renames(small, capsys):
+    text, (fault,) = synced(small, SMALL.replace("def f(", "def first("), capsys)
+    assert "new or changed" in fault  # the header only
+    assert text.split("\n")[int(fault.split(":")[1]) - 1] == "def first(x):"
+
+
+def test_sync_follows_indentation(small, capsys):
+    indented = "".join(f"    {line}" if line.strip() else line for line in split(SMALL))
+    text, (fault,) = synced(small, f"if True:\n{indented}", capsys)
+    assert "no WHAT for 'if True:'" in fault and "        # WHAT: what of 1.\n" in text
+
+
+def test_sync_keeps_the_notes_of_code_that_is_gone(small, capsys):
+    before = small.page().read_text()
+    text, found = synced(small, "def g(x):\n    return x + 1\n", capsys)
+    assert ["code is gone" in f or "new or changed" in f for f in found] == [True, True]
     block = "```python\ny = x + 1\n# WHAT: what of 1.\n# WHY: why of 1.\n```\n"
-    assert f"\nFrom `f`:\n\n{block}" in tail
-    (fault,) = notes.check_page(FILE, text, rest, held)
-    assert "notes whose code is gone" in fault.text
-    both = "def g(x):\n    return x + 1\n"
-    text, held = sync(both)
-    told = notes.check_page(FILE, text, both, held)  # the one does not hide the other
-    assert ["code is gone" in f.text or "above changed" in f.text for f in told] == [True, True]
-    again, _ = sync("z = 1\n", text, held)
-    assert again.count("\n## Orphaned notes\n") == 1 and texts(again) == texts(text)
+    assert f"\nFrom `f`:\n\n{block}" in text[text.index("\n## Orphaned notes\n") :]
+    text, _ = synced(small, "z = 1\n", capsys)
+    assert text.count("\n## Orphaned notes\n") == 1 and texts(text) == texts(before)
 
 
-def test_sync_does_not_delete_what_only_looks_like_a_note():
-    text = page("src/etude/x.py", "x = 1\ny = 2\n").replace("# WHY: why of 1.", "# Why: of 1.")
-    with pytest.raises(notes_page.Broken, match="looks like a note and is none"):
-        notes_sync.synced("src/etude/x.py", text, "x = 1\ny = 3\n", None)
+def test_pages_synced_together_exchange_the_notes_of_code_that_moved(small, capsys):
+    small.add("src/etude/y.py", "z = 1\n")
+    above, _, below = SMALL.partition("\n\n\n")
+    small.change(f"{above}\n")
+    small.change(f"z = 1\n\n\n{below}", "src/etude/y.py")
+    small.change(f"{below}", "src/etude/new/z.py")
+    assert small.run("sync", "x.py.md", "y.py.md", "src/etude/new/z.py") == 0
+    assert "WHAT: what of 4.\n" in small.page("src/etude/y.py").read_text()
+    assert "# new/z.py - " in small.page("src/etude/new/z.py").read_text()
+    capsys.readouterr()
+    assert small.run("check", "x.py.md", "y.py.md") == 1
+    found = capsys.readouterr().out.splitlines()  # notes in another file are to be read
+    assert ["y.py.md" in fault and "new or changed" in fault for fault in found] == [True, True]
 
 
-def test_sync_lengthens_a_fence_that_the_code_would_close():
-    text, _ = sync(SMALL + '\n\nTICKS = """\n````\n"""\n')
-    assert "\n`````python\n" in text and "\n`````\n" in text
-    assert texts(text) == texts(page(FILE, SMALL))
+def test_sync_refuses_what_it_would_lose(small, capsys):
+    text = small.page().read_text()
+    for old, new, wrong in [
+        ("# WHY: why of 1.", "# Why: of 1.", "looks like a note and is none"),
+        ("    return y\n", "\n# WHAT: lost\n    return y\n", "move it there, then sync again"),
+    ]:
+        small.page().write_text(text.replace(old, new))
+        assert small.run("sync") == 1
+        assert wrong in capsys.readouterr().err
+        assert small.page().read_text() == text.replace(old, new)
 
 
-def test_sync_refuses_a_page_whose_notes_are_misplaced():
-    text = page(FILE, SMALL).replace("    return y\n", "\n# WHAT: lost\n    return y\n")
-    with pytest.raises(
-        notes_page.Broken, match="directly under a statement; move it there, then sync"
-    ):
-        sync(SMALL + "x = 1\n", text)
+def test_code_that_can_have_no_page_is_refused(small, capsys):
+    for source, wrong in [("x = 1\n# WHAT: x\n", "like a note"), ("x = 1", "has no newline")]:
+        small.change(source)
+        for command in ("sync", "check"):
+            assert small.run(command) == 1
+            said = capsys.readouterr()
+            assert f"src/etude/x.py:{source.count(chr(10)) or 1}: this line " in said.out + said.err
+            assert wrong in said.out + said.err
 
 
-def test_sync_follows_a_key_of_yaml_whatever_its_value_becomes():
-    old, new = "a:\n  b: 1  # one\n  c: 2\n", "a:\n  z: 0\n  b: [many, others]\n  c: 2\n"
-    text, _ = notes_sync.synced("config.yml", page("config.yml", old), new, None)
-    assert (
-        f"  b: [many, others]\n  # WHAT: what of 1.\n  # WHY: why of 1.\n  {notes_page.STALE}\n"
-        in text
-    )
-    assert text.count(notes_page.STALE) == 1
+def test_sync_lengthens_a_fence_that_the_code_would_close(small, capsys):
+    text, (fault,) = synced(small, SMALL + '\n\nTICKS = """\n````\n"""\n', capsys)
+    assert "\n`````python\n" in text and "\n`````\n" in text and "no WHAT for 'TICKS" in fault
 
 
-def test_accept_clears_a_mark_and_locks_the_statement():
+def test_sync_follows_a_key_of_yaml_whatever_its_value_becomes(project, capsys):
+    project.change("a:\n  z: 0\n  b: [many, others]\n", "config.yml")
+    assert project.run("sync") == 0
+    text = project.page("config.yml").read_text()
+    assert "  b: [many, others]\n  # WHAT: what of 1.\n  # WHY: why of 1.\n" in text
+    assert "1 statements whose notes are to be read, 0 that are gone" in capsys.readouterr().out
+
+
+def test_accepted_is_a_statement_not_a_text(small, capsys):
     source = SMALL.replace("x + 1", "x + 2")
-    text, held = sync(source)
-    (fault,) = notes.check_page(FILE, text, source, held)
-    assert f"accept x.py.md:{fault.line}" in fault.text
-    after, after_lock = notes_sync.accepted(FILE, text, held, [fault.line])
-    assert after == text.replace(f"    {notes_page.STALE}\n", "")
-    assert notes.check_page(FILE, after, source, after_lock) == []
-    assert after_lock == lock(FILE, after)
-    with pytest.raises(notes_page.Broken, match="no statement with notes is here"):
-        notes_sync.accepted(FILE, text, held, [1])
-
-
-def test_code_and_page_changed_together_are_caught_by_the_lock():
-    source = SMALL.replace("x + 1", "x + 2")
-    before = page(FILE, SMALL)
-    text = before.replace("x + 1", "x + 2")
-    (fault,) = notes.check_page(FILE, text, source, lock(FILE, before))
-    assert "since its notes were locked" in fault.text
-    assert text.split("\n")[fault.line - 1] == "    y = x + 2"
-    after, held = notes_sync.accepted(FILE, text, lock(FILE, before), [fault.line])
-    assert after == text and notes.check_page(FILE, text, source, held) == []
-    # The notes' own words may change; a lock that is missing or holds too much is told of.
-    assert notes.check_page(FILE, text.replace("why of", "because"), source, held) == []
-    assert "no lock yet" in notes.check_page(FILE, text, source, None)[0].text
-    assert "1 line" in notes.check_page(FILE, text, source, held + "g 9 00\n")[0].text
+    small.change(source)
+    assert small.run("accept", "x.py.md:20") == 1
+    assert "the page is behind its code; run: python tools/notes.py sync" in capsys.readouterr().err
+    # Changed by hand in the page too, it is caught all the same.
+    small.page().write_text(small.page().read_text().replace("x + 1", "x + 2"))
+    assert small.run("check") == 1
+    fault = capsys.readouterr().out
+    assert fault.count("\n") == 1 and "new or changed since its notes were accepted" in fault
+    assert small.run("accept", "x.py.md:1") == 1
+    assert "here is no statement with notes" in capsys.readouterr().err
+    assert small.run("accept", fault.rpartition(" ")[2].strip()) == 0
+    # The words of notes may change; the code as it was before is new again.
+    small.page().write_text(small.page().read_text().replace("why of", "because"))
+    assert small.run("check") == 0
+    _, (fault,) = synced(small, SMALL, capsys)
+    assert "new or changed" in fault
 
 
 # --- the command line ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A small project of two code files, with its pages."""
-    files = {FILE: SMALL, "config.yml": "a:\n  b: 1  # one\n"}
-    for file, source in files.items():
-        notes.write(tmp_path / file, source)
-        notes.write(tmp_path / "COMMENTED_CODE" / notes_page.page_of(file), page(file, source))
-    for name in [*notes.LINKING, "COMMENTED_CODE/README.md"]:
-        notes.write(tmp_path / name, "# A `b_c` [d](README.md): e!\n")
-    monkeypatch.setattr(notes, "code_files", lambda root: {notes_page.page_of(f): f for f in files})
-    return tmp_path
-
-
-def command(checkout, *words):
-    return notes.main([words[0], "--root", str(checkout), *words[1:]])
-
-
-def test_a_page_from_new_to_accept(checkout, capsys):
-    path = checkout / "COMMENTED_CODE" / "x.py.md"
-    path.unlink()
-    assert command(checkout, "check", "x.py.md") == 1
+def test_a_page_from_its_beginning(project, capsys):
+    project.change(SMALL)
+    assert project.run("check") == 1
     said = capsys.readouterr().out
-    assert "x.py.md:1: the page is missing; run: python tools/notes.py new" in said
-    assert command(checkout, "new", FILE) == 0
-    assert command(checkout, "new", FILE) == 2
-    assert "is there already" in capsys.readouterr().err
-    path.write_text(page(FILE, SMALL))
-    assert command(checkout, "lock", "x.py.md", "config.yml") == 0
-    assert command(checkout, "check") == 0
-    assert "2 pages, 7 statements, 7 with notes (100%), 14 notes" in capsys.readouterr().out
-    assert command(checkout, "coverage") == 0
-    assert "src/etude/x.py      5      5  100%\n" in capsys.readouterr().out
-    (checkout / FILE).write_text(SMALL.replace("+ 1", "+ 2"))
-    assert command(checkout, "accept", "x.py.md:20") == 2
-    assert "run first: python tools/notes.py sync" in capsys.readouterr().err
-    assert command(checkout, "sync") == 0
-    assert (
-        "x.py.md: 1 changed statements whose notes are to be read, 0 that are gone"
-        in capsys.readouterr().out
-    )
-    assert command(checkout, "check") == 1
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("COMMENTED_CODE/x.py.md:")
-    assert command(checkout, "accept", said.rpartition(" ")[2].strip()) == 0
-    assert command(checkout, "check") == 0
-
-
-def test_the_set_of_pages_is_the_set_of_code_files(checkout, capsys):
-    assert command(checkout, "lock") == command(checkout, "check") == 0
-    notes.write(checkout / "COMMENTED_CODE/y.py.md", "# y\n")
-    notes.write(checkout / "COMMENTED_CODE/.lock/z.py.lock", "")
-    (checkout / "COMMENTED_CODE/config.yml.md").unlink()
-    (checkout / "README.md").unlink()
-    assert command(checkout, "check") == 1
-    out = capsys.readouterr().out
-    assert "y.py.md:1: belongs to no code file in git" in out
-    assert "z.py.lock:1: belongs to no code file in git" in out
-    assert "config.yml.md:1: the page is missing" in out
-    assert "README.md:1: the file is missing" in out
-    assert command(checkout, "check", "xx.py.md") == 2
+    assert "x.py.md:1: the page is missing; run: python tools/notes.py sync x.py.md" in said
+    assert project.run("sync") == 0 and project.run("check") == 1
+    found = capsys.readouterr().out.splitlines()
+    assert sum("still to be written" in fault for fault in found) == len(notes.SECTIONS)
+    assert sum("no WHAT" in fault for fault in found) == 2 and len(found) == len(notes.SECTIONS) + 2
+    project.page().write_text(page(FILE, SMALL))
+    assert project.run("accept", FILE) == project.run("check") == 0
+    assert capsys.readouterr().out == "2 pages without a fault\n"
+    for words in (["accept"], ["check", "xx.py.md"]):
+        with pytest.raises(SystemExit):
+            project.run(*words)
     assert "nearest is x.py.md" in capsys.readouterr().err
 
 
-def test_links_are_followed(checkout, capsys):
-    assert command(checkout, "lock") == 0
-    good = "[a](x.py.md) [b](../src/etude/x.py) [c](#a-b_c-d-e) ![d](https://x.y) `[e](no)`\n"
-    path = checkout / "COMMENTED_CODE" / "README.md"
-    head = "# A `b_c` [d](README.md): e!\n"
-    path.write_text(f"{head}\n{good}\n```\n[g](no)\n```\n[h]: x.py.md#trade-offs\n")
-    assert command(checkout, "check") == 0, capsys.readouterr().out
-    capsys.readouterr()
-    path.write_text("[a](no.md)\n[b](#no)\n[c](x.py.md#tradeoffs)\n[d]: gone\n")
-    assert command(checkout, "check") == 1
+def test_the_set_of_pages_is_the_set_of_code_files(small, capsys):
+    small.page("src/etude/y.py").write_text("# y\n")
+    notes.write(small.root / "COMMENTED_CODE/.lock/z.py.lock", "")
+    small.page("config.yml").unlink()
+    assert small.run("check") == 1
     out = capsys.readouterr().out
-    assert [line.split(":")[1] for line in out.splitlines()] == ["1", "2", "3", "4"]
+    assert "y.py.md:1: belongs to no code file" in out
+    assert "z.py.lock:1: belongs to no code file" in out
+    assert "config.yml.md:1: the page is missing" in out
+
+
+def test_links_are_followed(small, capsys):
+    good = "[a](x.py.md) [b](../src/etude/x.py) [c](#a-b_c-d-e) ![d](https://x.y) `[e](no)`\n"
+    path = small.root / "COMMENTED_CODE/README.md"
+    path.write_text(f"# A `b_c` [d](README.md): e!\n\n{good}\n```\n[g](no)\n```\n")
+    assert small.run("check") == 0, capsys.readouterr().out
+    capsys.readouterr()
+    path.write_text("[a](no.md)\n[b](#no)\n[c](x.py.md#tradeoffs)\n")
+    assert small.run("check") == 1
+    out = capsys.readouterr().out
+    assert [line.split(":")[1] for line in out.splitlines()] == ["1", "2", "3"]
     assert "no #tradeoffs in x.py.md; nearest is #trade-offs" in out
-
-
-def test_outside_of_git_it_says_so(tmp_path, capsys):
-    assert command(tmp_path, "check") == 2
-    assert "is no git checkout" in capsys.readouterr().err
