@@ -50,8 +50,9 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 	@echo "  $(BIN)/etude chat $(RUN) --prompt \"...\""
 	@echo "  $(BIN)/etude train config.yml --preset quickstart output.dir=runs/mine lora.r=16 lora.alpha=32"
 
+# Two processes of one thread: most of the time goes into small tests that use one core.
 test: install ## run the tests
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
 
 check: install ## format, lint, types, import layers, notes, tests
 	$(BIN)/ruff format --check
