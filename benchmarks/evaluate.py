@@ -111,12 +111,10 @@ def worker(task: str, engine: str, rows: int) -> None:
     """Do the task with one engine and print what was measured as one JSON line."""
     from etude import console
     from etude.data import dataset as data
-    from etude.runs import folder as run_folder
+    from etude.runs import opening
 
     console.quiet_transformers()
-    target = run_folder.open_target(
-        "smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"]
-    )
+    target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     settings = target.config.dataset
     table = data.sample(data.read(str(ROOT / TEST), settings), rows, 0)
     labels = table.labels or []

@@ -47,7 +47,7 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
     """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
     from etude import console, evaluation
     from etude.data import dataset as data
-    from etude.runs import folder as run_folder
+    from etude.runs import opening
 
     run = folder / f"{workload}-{seed}-{base.replace(' ', '-')}"
     etude(
@@ -65,7 +65,7 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
     )
     results = json.loads((run / "manifest.json").read_text())["results"]
     console.quiet_transformers()
-    target = run_folder.open_target(str(run), ["model.dtype=float32"])
+    target = opening.open_target(str(run), ["model.dtype=float32"])
     settings = target.config
     table = data.read(str(settings.dataset.test), settings.dataset)
     examples, _ = data.encode(table, target.renderer, settings.dataset, "test")

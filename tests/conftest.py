@@ -34,10 +34,10 @@ def qwen_file() -> Path:
 def sample():
     """The bundled sample model, opened as the programs open it. Its weights must stay as they are."""
     from etude import console
-    from etude.runs import folder as run_folder
+    from etude.runs import opening
 
     console.quiet_transformers()
-    return run_folder.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
+    return opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from etude.conversation.history import Conversation
 from etude.engine.generation import Response
 from etude.errors import UserError
 from etude.models import lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
 
 ON_CPU = ["model.dtype=float32", "training.use_cpu=true"]
 SHORT = ["generation.max_new_tokens=4", "generation.temperature=0"]
@@ -28,7 +28,7 @@ def exchange(conversation, question, answer):
 
 @pytest.fixture(scope="module")
 def tiny_target(tiny_model):
-    return run_folder.open_target(str(tiny_model), [*ON_CPU, *SHORT])
+    return opening.open_target(str(tiny_model), [*ON_CPU, *SHORT])
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def adapter(tiny_target, tiny_model, tmp_path):
     """A run-like adapter folder on the tiny model that changes its answers."""
     import torch
 
-    base = run_folder.open_target(str(tiny_model), ON_CPU).base.model
+    base = opening.open_target(str(tiny_model), ON_CPU).base.model
     tuned = lora.attach(base, Lora(r=4, alpha=64, target_modules=["all-linear"]), str(tiny_model))
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
@@ -321,7 +321,7 @@ def test_the_system_prompt_is_the_first_message(tiny_model, says):
     calls = says("Hi.")
     result = run(tiny_model, *ON_CPU, "--prompt", "Hello", "--system", "Be brief.")
     assert (result.stdout, result.stderr) == ("Hi.\n", "")
-    renderer = run_folder.open_target(str(tiny_model), ON_CPU).renderer
+    renderer = opening.open_target(str(tiny_model), ON_CPU).renderer
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},

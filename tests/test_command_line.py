@@ -13,8 +13,9 @@ from etude.config.loading import _kinds, check_config, key_paths, load_config, t
 from etude.config.schema import Config
 from etude.config.yaml import parse_yaml
 from etude.errors import UserError, command
-from etude.runs import folder as run_folder
-from etude.runs import report
+from etude.runs import opening
+from etude.runs.card import model_card
+from etude.runs.folder import CONFIG, begin_run, how_to_continue
 
 TEXT_KEYS = (
     "model.name", "model.revision", "model.chat_template", "dataset.train", "dataset.validation",
@@ -175,8 +176,8 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
         update={"output": Config().output.model_copy(update={"dir": str(folder)})}
     )
     (folder / "checkpoints").mkdir(parents=True)
-    run_folder.begin(folder, {})
-    (folder / run_folder.CONFIG).write_text(to_yaml(config))
+    begin_run(folder, {})
+    (folder / CONFIG).write_text(to_yaml(config))
 
     def taken(line):
         program, verb, *words = shlex.split(line)
@@ -187,15 +188,15 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
             assert load_config(None, overrides=[setting]).output.dir in (str(folder), "runs/again")
         return verb, Path(str(name))
 
-    without = run_folder.go_on(folder)
+    without = how_to_continue(folder)
     assert "--resume" not in without
     assert taken(without.partition(": ")[2]) == ("train", folder / "config.yml")
     (folder / "checkpoints" / "checkpoint-3").mkdir()
-    with_one = run_folder.go_on(folder)
+    with_one = how_to_continue(folder)
     assert "--resume" in with_one
     assert taken(with_one.partition(": ")[2]) == ("train", folder / "config.yml")
     with pytest.raises(UserError, match="has no adapter yet") as refusal:
-        run_folder.open_config(str(folder), [])
+        opening.open_config(str(folder), [])
     assert with_one in str(refusal.value)
 
     train_with_config.show_end(config, {"steps": 1, "seconds": 1.0, "eval_loss": None})
@@ -208,7 +209,7 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
         "base": {"identity": "sha256:0"},
         "environment": {"libraries": {"etude": "0"}},
     }
-    card = report.model_card(config, manifest, "1 parameter")
+    card = model_card(config, manifest, "1 parameter")
     commands = [part for part in card.split("`") if part.startswith("etude ")]
     assert [taken(line)[0] for line in commands] == ["chat", "evaluate", "train"]
 

@@ -17,8 +17,7 @@ from etude import cli, console, distributed, train_with_config
 from etude.data import readers
 from etude.errors import UserError, shortage
 from etude.models import loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof
+from etude.runs import opening, proof
 
 
 class SafetensorError(Exception):
@@ -143,7 +142,7 @@ def throw(error):
 
 @pytest.mark.parametrize("program", ["evaluate", "chat"])
 def test_a_program_without_memory_ends_with_a_sentence(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_folder, "open_target", lambda *_: throw(NO_MEMORY))
+    monkeypatch.setattr(opening, "open_target", lambda *_: throw(NO_MEMORY))
     more = ["--text", "Hello"] if program == "evaluate" else ["--prompt", "Hello"]
     result = CliRunner().invoke(cli.app, [program, "smollm2-135m", *more])
     assert result.exit_code == 2

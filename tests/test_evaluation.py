@@ -21,15 +21,14 @@ from etude.data import dataset as data
 from etude.engine import generation, packing
 from etude.errors import UserError
 from etude.models import lora
-from etude.runs import folder as run_folder
-from etude.runs import report
+from etude.runs import opening, plots, report
 
 LABELS = ["good", "good enough", "goodness", "bad"]  # one begins another, several tokens each
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model):
-    return run_folder.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
+    return opening.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
 
 
 def brute_force(model, renderer, prompt, label):
@@ -282,7 +281,7 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     assert found["comparison"]["second_likelier"] == 6
     assert "Wilcoxon" in result.output
     # Perplexity by transformers' own loss, row by row.
-    target = run_folder.open_target(str(run), [])
+    target = opening.open_target(str(run), [])
     model = target.base.model
     total = tokens = 0
     table = data.read(f"{files}/pairs.jsonl", target.config.dataset)
@@ -573,7 +572,7 @@ def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
                        "dataset.test=null", f"dataset.max_length={length}")  # fmt: skip
         assert result.exit_code == 2 and re.search(said, result.output), result.output
     few = data.room_of_labels(
-        run_folder.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
+        opening.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
         Config().dataset, 512,
     )  # fmt: skip
     assert few == ""
@@ -582,10 +581,10 @@ def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
 @pytest.mark.parametrize(("dtype", "merged"), [("float32", True), ("bfloat16", False)])
 def test_what_answers_is_what_was_proven(classifier, dtype, merged):
     settings = [f"model.dtype={dtype}", "training.use_cpu=true"]
-    target = run_folder.open_target(str(classifier), settings)
+    target = opening.open_target(str(classifier), settings)
     model = target.tuned()
     assert merged != any("lora" in name for name, _ in model.named_parameters())
-    other = run_folder.open_target(str(classifier), settings)
+    other = opening.open_target(str(classifier), settings)
     proven = lora.load(other.base.model, other.adapter)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -631,10 +630,10 @@ def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):
     labels = ["$5_{-$9", "b"]
     counts = [[3, 1], [0, 2]]
     figures = {"labels": labels, "columns": labels, "confusion": counts}
-    report.confusion_plot(figures, "title", tmp_path / "a.png")
+    plots.confusion_plot(figures, "title", tmp_path / "a.png")
     many = [f"label {n}" for n in range(80)]
     figures = {"labels": many, "columns": many, "confusion": [[1] * 80] * 80}
-    report.confusion_plot(figures, "title", tmp_path / "b.png")
+    plots.confusion_plot(figures, "title", tmp_path / "b.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 
@@ -668,7 +667,7 @@ def test_summary_and_verdict_say_what_the_figures_say():
     result = {"models": {"base": figures, "tuned": figures}}
     head, rows = report.summary(result)
     assert head == ["", "base", "tuned"]
-    assert ["ended by itself", "95.0%", "95.0%"] in rows
+    assert ["stopped at EOS", "95.0%", "95.0%"] in rows
     assert ["good / fair / poor", "3 / 2 / 1", "3 / 2 / 1"] in rows
     assert report.verdict(result) == ""
     comparison = {"only_first_right": 1, "only_second_right": 40, "p_value": 1e-9}

@@ -20,7 +20,8 @@ from etude.config.schema import Config
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading
-from etude.runs import folder as run_folder
+from etude.runs import opening
+from etude.runs.folder import CHECKPOINTS
 from etude.training import checkpoints, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_a_run_folder_holds_all_and_plain_peft_loads_it(run, tiny_model):
     with torch.no_grad():
         before = base(ids).logits
         plain = PeftModel.from_pretrained(base, folder)(ids).logits
-        ours = run_folder.open_target(str(folder), []).tuned()(ids).logits
+        ours = opening.open_target(str(folder), []).tuned()(ids).logits
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
     assert not torch.equal(before, plain)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -192,7 +193,7 @@ def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp
     result = etude(*train_arguments(tiny_model, files, folder, "training.save_steps=1"))
     assert result.exit_code == 130
     assert "left at once; go on with" in result.output
-    last, passed_over = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+    last, passed_over = checkpoints.newest(folder / CHECKPOINTS)
     assert (checkpoints.step_of(last), passed_over) == (3, [])
     monkeypatch.undo()
 
@@ -243,9 +244,9 @@ def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path
     ):
         (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(UserError, match=words):
-            run_folder.open_target(str(folder), [])
+            opening.open_target(str(folder), [])
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert run_folder.open_target(str(folder), []).adapter == folder
+    assert opening.open_target(str(folder), []).adapter == folder
 
 
 def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, tmp_path):
@@ -254,7 +255,7 @@ def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, 
     folder, _ = run
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
-    target = run_folder.open_target(str(tmp_path), ["training.use_cpu=true"])
+    target = opening.open_target(str(tmp_path), ["training.use_cpu=true"])
     assert target.base.name == str(tiny_model)
     assert target.adapter == tmp_path
 

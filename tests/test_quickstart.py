@@ -12,7 +12,7 @@ from etude.config.schema import Dataset, Lora
 from etude.data import dataset as data
 from etude.engine import packing
 from etude.models import lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
 
     from etude.models import loading
 
-    target = run_folder.open_target(str(run), [])
+    target = opening.open_target(str(run), [])
     ids = torch.tensor([target.renderer.prompt([{"role": "user", "content": "I love this!"}])])
     base = AutoModelForCausalLM.from_pretrained(loading.locate(loading.SAMPLE), dtype=torch.float32)
     with torch.no_grad():
@@ -87,9 +87,7 @@ def tweets(target, rows):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packing_is_proven_and_its_mistakes_found_out_in_either_format(dtype, monkeypatch):
-    target = run_folder.open_target(
-        "smollm2-135m", [f"model.dtype={dtype}", "training.use_cpu=true"]
-    )
+    target = opening.open_target("smollm2-135m", [f"model.dtype={dtype}", "training.use_cpu=true"])
     model, examples = target.base.model, tweets(target, 4)
     assert str(model.dtype) == f"torch.{dtype}"
     assert packing.why_not_packed(model, 256, examples) is None
@@ -103,9 +101,7 @@ def test_packing_is_proven_and_its_mistakes_found_out_in_either_format(dtype, mo
 
 
 def test_packed_gradients_are_those_of_padded_rows():
-    target = run_folder.open_target(
-        "smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"]
-    )
+    target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     torch.manual_seed(0)
     model = lora.attach(target.base.model, Lora(), "sample")
     for name, parameter in model.named_parameters():

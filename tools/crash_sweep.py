@@ -33,8 +33,9 @@ import typer
 
 from etude import console, files, train_with_config
 from etude.models import loading
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import proof
+from etude.runs.folder import CHECKPOINTS, LOCK, MANIFEST, METRICS
+from etude.runs.manifest import read_metrics
 from etude.training import checkpoints
 
 OFTEN = 5  # kills from which a training counts as often killed
@@ -62,7 +63,7 @@ class Sweep:
         """Train undisturbed in `home`; `proven`: with the proof in a new process, which takes seconds."""
         self.out, self.copy, self.log = home / "out", home / "copy", home / "log"
         self.folder = self.out / "run"  # always the same, for checkpoints hold its path
-        self.home = self.folder / run_folder.CHECKPOINTS
+        self.home = self.folder / CHECKPOINTS
         self.settings = [*settings, f"output.dir={self.folder}"]
         self.draw, self.proven = random.Random(seed), proven
         self.counts: Counter[str] = Counter()
@@ -128,8 +129,8 @@ class Sweep:
 
     def end(self) -> dict[str, Any]:
         """All that a finished run ended with, except times."""
-        lines = report.read_metrics(self.folder / run_folder.METRICS)
-        results = run_folder.read_json(self.folder / run_folder.MANIFEST)["results"]
+        lines = read_metrics(self.folder / METRICS)
+        results = files.read_json(self.folder / MANIFEST)["results"]
         return {
             "adapter": sha256((self.folder / ADAPTER).read_bytes()).hexdigest(),
             "logged losses": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
@@ -139,9 +140,7 @@ class Sweep:
             **{f"last {name}": digest for name, digest in digests(self.made()[-1]).items()},
             f"last {checkpoints.PROGRESS}": {
                 key: value
-                for key, value in run_folder.read_json(
-                    self.made()[-1] / checkpoints.PROGRESS
-                ).items()
+                for key, value in files.read_json(self.made()[-1] / checkpoints.PROGRESS).items()
                 if key != "seconds"
             },
         }
@@ -180,10 +179,8 @@ class Sweep:
             where = "in a save" if self.unfinished() - there else "elsewhere"
             where = "after the last checkpoint" if self.step == self.steps else where
             self.counts[f"kills {where}"] += 1
-            self.counts["locks of killed processes taken over"] += (
-                self.folder / run_folder.LOCK
-            ).exists()
-            if (self.folder / run_folder.MANIFEST).is_file():  # the kill came when all was done
+            self.counts["locks of killed processes taken over"] += (self.folder / LOCK).exists()
+            if (self.folder / MANIFEST).is_file():  # the kill came when all was done
                 code, kills = 0, kills + 1
                 break
         must(code == 0, f"the training ended with exit code {code}")
@@ -241,7 +238,7 @@ class Sweep:
         weights, last = bytearray((newest / ADAPTER).read_bytes()), f"last {ADAPTER}"
         weights[-6] ^= 0x10  # in the mantissa of a weight
         state, progress = "state.safetensors", checkpoints.PROGRESS
-        earlier, later = (run_folder.read_json(folder / progress) for folder in (before, newest))
+        earlier, later = (files.read_json(folder / progress) for folder in (before, newest))
         later["scheduler"] = earlier["scheduler"]
         controls = [
             ("moments and random states of the step before", state, (before / state).read_bytes()),

@@ -179,7 +179,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
     from etude.data import readers
     from etude.errors import UserError
     from etude.models import loading, lora
-    from etude.runs import folder as run_folder
+    from etude.runs import opening
 
     before = Path.cwd()
     os.chdir(root)
@@ -210,7 +210,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
             "target_modules": [name],
         }
         Path("adapter/adapter_config.json").write_text(json.dumps(values))
-        loading.locate(run_folder.open_config("adapter", []).model.name)
+        loading.locate(opening.open_config("adapter", []).model.name)
 
     def in_modules(name: str) -> None:
         lora.describe(Path("adapter"))
@@ -268,7 +268,7 @@ def fuzz(count: int, seed: int) -> tuple[Watch, Counter[str], list[str]]:
         for name in ["runs/run", *names(count, seed)]:
             if not impossible.search(name):
                 attempt(
-                    "a run to open", lambda name: run_folder.open_target(name, []), name, typed=True
+                    "a run to open", lambda name: opening.open_target(name, []), name, typed=True
                 )
                 own = is_adapter(name)
                 attempt("a report's folder", report, name, typed=True, writable=own)

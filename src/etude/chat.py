@@ -20,7 +20,8 @@ from etude.engine.generation import Response, generate
 from etude.errors import UserError, command, nearest, shortage
 from etude.files import expanded
 from etude.models import loading, lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
+from etude.runs.folder import refuse_live
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -82,8 +83,8 @@ def chat(
     if question is None:
         say(f"Loading {name} ...")
     console.quiet_transformers()
-    run_folder.refuse_live(name)
-    target = run_folder.open_target(name, overrides)
+    refuse_live(name)
+    target = opening.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
     try:
         if question is None:
@@ -135,7 +136,7 @@ class Talk:
     """A model in conversation: what is said, how it is sampled, the terminal it is shown on."""
 
     def __init__(
-        self, target: run_folder.Target, conversation: Conversation, compare: bool, quiet: bool
+        self, target: opening.Target, conversation: Conversation, compare: bool, quiet: bool
     ) -> None:
         """Take the model to answer with; `quiet` says nothing about an answer that is whole."""
         if compare and target.adapter is None:

@@ -12,8 +12,9 @@ from etude.data import dataset as data
 from etude.errors import UserError, command
 from etude.files import expanded
 from etude.models import loading
-from etude.runs import folder as run_folder
-from etude.runs import proof
+from etude.runs import opening, proof
+from etude.runs.folder import MANIFEST
+from etude.runs.manifest import current_environment, environment_differences, read_manifest
 
 app = typer.Typer(
     help="Fine-tune a small language model with LoRA from one YAML file, measure it, chat with it.",
@@ -62,7 +63,7 @@ def validate(
     place = train_with_config.choose_device(settings)
     console.quiet_transformers()
     outline = loading.outline(settings.model.name, settings.model.revision)
-    renderer = run_folder.renderer_for(outline, settings)
+    renderer = opening.renderer_for(outline, settings)
     examples, reports = train_with_config.encode(
         tables, renderer, settings, loading.window(outline.config)
     )
@@ -79,7 +80,7 @@ def verify(
 ) -> None:
     """Prove that a run's adapter lives: its tensors, logits and loss are those of its training."""
     folder = expanded(run)
-    settings = run_folder.open_config(run, [])
+    settings = opening.open_config(run, [])
     expected = proof.read_expected(folder)
     console.quiet_transformers()
     table, split = None, expected["loss"]["split"]
@@ -87,7 +88,7 @@ def verify(
         table = train_with_config.read_tables(settings).get(split)
     except UserError as error:
         console.notice(str(error))
-    target = run_folder.open_target(run, [])
+    target = opening.open_target(run, [])
     examples = None
     if table and table.fingerprint == expected["loss"]["data"]:
         examples, _ = data.encode(
@@ -113,22 +114,18 @@ def reproduce(
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
     console.start_log()
     folder = expanded(str(run))
-    if not (folder / run_folder.MANIFEST).is_file():
-        raise UserError(
-            f"{run}: not a finished run (no {run_folder.MANIFEST}), so it cannot be repeated"
-        )
-    manifest = run_folder.read_manifest(folder, "config", "data")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{run}: not a finished run (no {MANIFEST}), so it cannot be repeated")
+    manifest = read_manifest(folder)
     try:
         settings = check_config(manifest["config"], {})
     except UserError as error:
-        raise UserError(f"{folder / run_folder.MANIFEST}: its config is damaged: {error}") from None
+        raise UserError(f"{folder / MANIFEST}: its config is damaged: {error}") from None
     whole = folder.resolve()
     again = expanded(str(out)) if out else whole.with_name(f"{whole.name}-reproduced")
     output = settings.output.model_copy(update={"dir": str(again)})
     settings = settings.model_copy(update={"output": output})
-    elsewhere = run_folder.environment_differences(
-        manifest.get("environment", {}), run_folder.environment()
-    )
+    elsewhere = environment_differences(manifest.get("environment", {}), current_environment())
     for difference in elsewhere:
         console.notice(f"since the first training: {difference}")
     train_with_config.run_training(settings, force=force, again=manifest)

@@ -25,8 +25,9 @@ from etude.measure import metrics, quality
 from etude.models import lora
 from etude.models.loading import not_finite
 from etude.models.loading import window as window_of
-from etude.runs import folder as run_folder
-from etude.runs import report
+from etude.runs import opening, report
+from etude.runs.folder import MANIFEST, Busy, entries, free_name, locked, refuse_live
+from etude.runs.manifest import changes_since, current_environment, read_manifest
 
 ANSWER_TOKENS = 16  # room after a prompt: a label and its end
 
@@ -56,8 +57,8 @@ def evaluate(
             "command line: which run or model? For example: etude evaluate runs/quickstart"
         )
     # Config and data first: their faults show before a model is loaded.
-    run_folder.refuse_live(name)
-    settings = run_folder.open_config(name, overrides)
+    refuse_live(name)
+    settings = opening.open_config(name, overrides)
     if base and not lora.is_adapter(expanded(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
@@ -101,12 +102,12 @@ def aside(notice: str) -> None:
 
 def models(
     name: str, overrides: list[str], with_base: bool
-) -> Iterator[tuple[str, Any, run_folder.Target]]:
+) -> Iterator[tuple[str, Any, opening.Target]]:
     """The models to measure, one after the other in the same memory: base, then tuned."""
     console.quiet_transformers()
-    target = run_folder.open_target(name, overrides)
+    target = opening.open_target(name, overrides)
     console.err.print(f"device    {target.base.device.why}")
-    for difference in run_folder.changes_since(expanded(name)):
+    for difference in changes_since(expanded(name)):
         aside(f"since the training: {difference}")
     if with_base:
         yield "base", target.base.model, target
@@ -140,13 +141,13 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
     """
     if out:
         folder = expanded(str(out))
-        with run_folder.held(folder):
-            there = run_folder.entries(folder)
+        with locked(folder):
+            there = entries(folder)
             if there:
                 what = "a report" if "report.json" in there else ", ".join(there[:5])
                 raise UserError(
                     f"--out: {folder} holds {what} already; give a new folder: "
-                    f"{command('--out', run_folder.free(folder))}"
+                    f"{command('--out', free_name(folder))}"
                 )
             yield folder
         return
@@ -160,17 +161,17 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
             folder = home / (f"evaluation-{number}" if number > 1 else "evaluation")
             if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
                 continue
-            if folder.is_dir() and run_folder.entries(folder):
+            if folder.is_dir() and entries(folder):
                 continue
-            with contextlib.suppress(run_folder.Busy):
-                stack.enter_context(run_folder.held(folder))
-                if not run_folder.entries(folder):
+            with contextlib.suppress(Busy):
+                stack.enter_context(locked(folder))
+                if not entries(folder):
                     break
                 stack.close()  # another process was quicker
         yield folder
 
 
-def measure(model: Any, target: run_folder.Target, table: data.Table, name: str) -> dict[str, Any]:
+def measure(model: Any, target: opening.Target, table: data.Table, name: str) -> dict[str, Any]:
     """Every figure of one model on one data set, and what it said to every row."""
     settings, renderer = target.config, target.renderer
     function = measure_labels if table.format == "classification" else measure_responses
@@ -556,7 +557,7 @@ def sequence_losses(
 # --- one text --------------------------------------------------------------------------------
 
 
-def single(model: Any, target: run_folder.Target, text: str) -> None:
+def single(model: Any, target: opening.Target, text: str) -> None:
     """Answer one text; print the response, its quality and perplexity, or the labels."""
     settings, renderer = target.config, target.renderer
     labels = settings.dataset.labels
@@ -624,10 +625,10 @@ def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
     folder = expanded(name)
     before = Config().model_copy(update={"model": settings.model})
     with contextlib.suppress(UserError):  # a run of another version, or faults that overrides fix
-        if (folder / run_folder.MANIFEST).is_file():
-            before = check_config(run_folder.read_manifest(folder, "config")["config"], {})
+        if (folder / MANIFEST).is_file():
+            before = check_config(read_manifest(folder)["config"], {})
         else:
-            before = run_folder.open_config(name, [])
+            before = opening.open_config(name, [])
     keys = [key for key in key_paths() if key.startswith(DECIDING)]
     values = {key: value_at(settings, key) for key in keys}
     return {
@@ -663,7 +664,7 @@ def assemble(
             for model, figures in measured.items()
         },
         **settings_in_force(name, settings),
-        "environment": run_folder.environment(),
+        "environment": current_environment(),
     }
     if len(measured) == 2:
         first, second = measured["base"], measured["tuned"]

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -14,18 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
+TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
-def unfinished(folder: Path) -> Path:
-    """A name in `folder` that no other process uses, for what is not whole yet."""
-    return folder / f"{UNFINISHED}{secrets.token_hex(8)}"
-
-
 def leftovers(folder: Path) -> list[Path]:
-    """What kills left behind in `folder`."""
-    found = folder.glob(f"{UNFINISHED}*")
-    return [path for path in found if re.fullmatch(r"\.unfinished-[0-9a-f]{16}", path.name)]
+    """What kills left behind in `folder`: names that `scratch` gives, and no other."""
+    return list(folder.glob(UNFINISHED + "[0-9a-f]" * 16))
 
 
 def clear(folder: Path) -> None:
@@ -39,39 +33,24 @@ def clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A new folder in `folder` to make files in; what is still in it at the end goes with it."""
-    work = unfinished(folder)
-    work.mkdir()
+    """A new folder in `folder` to make files in; what is still in it at the end is deleted with it."""
+    work = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+    try:
+        work.mkdir()
+    except OSError as error:
+        error.filename = str(folder)  # the name that the user knows
+        raise
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def beside(file: Path, content: bytes) -> Iterator[Path]:
-    """A new file on the disk with `content`, in the folder of `file`, to be given that name."""
-    work = unfinished(file.parent)
-    try:
-        descriptor = os.open(work, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
-        with open(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield work
-    except OSError as error:
-        if error.filename == str(work):  # the name that the user knows
-            error.filename = str(file)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            work.unlink(missing_ok=True)
-
-
 def write_text(file: Path, text: str) -> None:
     """Write `file` whole or not at all, in place of what has its name; a link itself is replaced."""
-    with beside(file, text.encode()) as work:
-        replace(work, file)
+    with scratch(file.parent) as work:
+        (work / file.name).write_bytes(text.encode())
+        replace(work / file.name, file)
 
 
 def write_new(file: Path, content: bytes) -> None:
@@ -80,8 +59,16 @@ def write_new(file: Path, content: bytes) -> None:
     Raises:
         FileExistsError: something has its name, be it a link that leads nowhere; it stays as it is.
     """
-    with beside(file, content) as work:
-        place(work, file)
+    with scratch(file.parent) as work:
+        (work / file.name).write_bytes(content)
+        place(work / file.name, file)
+
+
+def replace(work: Path, file: Path) -> None:
+    """Give the finished file `work` the name `file`, in place of what has it, once it is on the disk."""
+    flush(work)
+    work.replace(file)
+    flush(file.parent)
 
 
 def place(work: Path, file: Path) -> None:
@@ -90,21 +77,13 @@ def place(work: Path, file: Path) -> None:
     Raises:
         FileExistsError: it is not.
     """
+    flush(work)
     try:
         os.link(work, file)
-        work.unlink()
-    except FileExistsError:
-        raise FileExistsError(17, "File exists", str(file)) from None
-    except OSError:  # a file system without hard links
+    except OSError as error:  # the name is taken, or the file system has no hard links
         if os.path.lexists(file):
-            raise FileExistsError(17, "File exists", str(file)) from None
+            raise FileExistsError(errno.EEXIST, "File exists", str(file)) from error
         work.rename(file)
-    flush(file.parent)
-
-
-def replace(work: Path, file: Path) -> None:
-    """Give the finished file `work` the name `file`, in place of what has it."""
-    work.replace(file)
     flush(file.parent)
 
 
@@ -136,9 +115,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# --- reading what others wrote ---
+def usual_mode(path: Path) -> None:
+    """Give `path` the mode that a new file or folder has here, by the umask.
 
-TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
+    What was written through a temporary file, as safetensors and mkdtemp do, only its owner may read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+# --- reading what others wrote ---
 
 
 def expanded(name: str) -> Path:
@@ -198,13 +185,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
-
-
-def usual_mode(path: Path) -> None:
-    """Give `path` the mode that a new file or folder has here, by the umask.
-
-    What was written through a temporary file, as safetensors and mkdtemp do, only its owner may read.
-    """
-    mask = os.umask(0o077)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

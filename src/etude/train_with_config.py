@@ -30,8 +30,39 @@ from etude.engine import packing
 from etude.errors import UserError, command, first_line, shortage
 from etude.files import expanded
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import opening, plots, proof, report
+from etude.runs.card import model_card
+from etude.runs.folder import (
+    CARD,
+    CHECKPOINTS,
+    CONFIG,
+    LOG,
+    MANIFEST,
+    METRICS,
+    PICTURE,
+    PRODUCTS,
+    STARTED,
+    another_folder,
+    begin_run,
+    entries,
+    how_to_continue,
+    is_finished,
+    locked,
+    move_in,
+    read_started,
+    refuse_foreign,
+    write_file,
+)
+from etude.runs.manifest import (
+    Started,
+    check_base,
+    current_environment,
+    date_of,
+    environment_differences,
+    read_form,
+    read_metrics,
+    recorded_date,
+)
 from etude.training import checkpoints, rehearsal
 from etude.training import memory as plan
 
@@ -104,7 +135,7 @@ def run_training(
     folder = expanded(settings.output.dir)
     refuse_taken(folder)
     # One of several processes writes for all.
-    with run_folder.held(folder) if distributed.FIRST else contextlib.nullcontext():
+    with locked(folder) if distributed.FIRST else contextlib.nullcontext():
         _train_in(folder, settings, resume, force, again)
 
 
@@ -127,10 +158,10 @@ def _train_in(
     # Whether it fits is known from the model's shape, before its weights are loaded.
     outline = loading.outline(settings.model.name, settings.model.revision)
     # For a template that writes it: a run that goes on, or is repeated, has the day it began with.
-    date = run_folder.recorded_date(folder) if checkpoint else run_folder.today()
+    date = recorded_date(folder) if checkpoint else opening.today()
     if again:
-        date = run_folder.date_of(again["chat_format"], Path("the run to repeat")) or date
-    renderer = run_folder.renderer_for(outline, settings, date)
+        date = date_of(again["chat_format"]) or date
+    renderer = opening.renderer_for(outline, settings, date)
     examples, reports = encode(tables, renderer, settings, loading.window(outline.config))
     show_data(examples, reports, outline.tokenizer)
     planned, _ = make_plan(settings, outline, place, examples, force)
@@ -143,7 +174,7 @@ def _train_in(
         outline,
     )
     if again:
-        run_folder.check_base("the run to repeat", again, base)
+        check_base("the run to repeat", again, base)
     console.say("model", f"{base.name} ({base.identity[:19]})")
 
     import transformers
@@ -159,7 +190,7 @@ def _train_in(
     settings = resolved(settings, tables["train"], base)
     if distributed.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force, renderer.date)
-        console.log_to(folder / run_folder.LOG)
+        console.log_to(folder / LOG)
     results = fit(model, settings, place, examples, folder, checkpoint)
     results["memory"] = {
         "plan": planned and dataclasses.asdict(planned),
@@ -172,7 +203,7 @@ def _train_in(
     with files.scratch(folder) as work:
         lora.save(model, work)
         for name in (lora.WEIGHTS, lora.ADAPTER_CONFIG):  # PEFT adds a card, and ours comes later
-            run_folder.move_in(folder, work / name)
+            move_in(folder, work / name)
     fingerprints = {split: table.fingerprint for split, table in tables.items()}
     digest = proof.expect(folder, model, settings, examples, fingerprints, results["eval_loss"])
     # The new process needs the memory in which this one holds its model.
@@ -182,13 +213,12 @@ def _train_in(
     console.say("proof", proof.in_a_new_process(folder))
     manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
     manifest["adapter"] = {"sha256": digest}
-    card = report.model_card(settings, manifest, parameters)
-    run_folder.write(folder, run_folder.CARD, card)
+    write_file(folder, CARD, model_card(settings, manifest, parameters))
     with files.scratch(folder) as work:
-        report.loss_plot(folder / run_folder.METRICS, work / run_folder.PICTURE)
-        run_folder.move_in(folder, work / run_folder.PICTURE)
+        plots.loss_plot(folder / METRICS, work / PICTURE)
+        move_in(folder, work / PICTURE)
     # Last: a folder with a manifest is a finished run.
-    run_folder.write(folder, run_folder.MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+    write_file(folder, MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
     show_end(settings, results)
 
 
@@ -207,8 +237,8 @@ def resumable(folder: Path) -> Iterator[None]:
         lack = shortage(error, folder)
         if not lack:
             raise
-        newest, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
-        then = f"; then {run_folder.go_on(folder)}" if newest else ""
+        newest, _ = checkpoints.newest(folder / CHECKPOINTS)
+        then = f"; then {how_to_continue(folder)}" if newest else ""
         raise UserError(f"{lack}{then}") from error
 
 
@@ -230,8 +260,8 @@ def config_from(arguments: list[str], option: Path | None, presets: list[str]) -
     if name and option:
         raise UserError(f"command line: two configurations, {name} and {option}; give one")
     path = Path(name) if name else option
-    if path is None and Path(run_folder.CONFIG).is_file():
-        path = Path(run_folder.CONFIG)
+    if path is None and Path(CONFIG).is_file():
+        path = Path(CONFIG)
     if path is None and not presets:
         raise UserError(
             "There is no config.yml here. Write one with `etude init`, or name yours: etude train FILE"
@@ -250,13 +280,11 @@ def open_folder(
     """
     folder = expanded(settings.output.dir)
     refuse_taken(folder)
-    if distributed.FIRST and run_folder.started(folder):
+    if distributed.FIRST and read_started(folder):
         # The configuration is compared below, and is replaced only where it must be.
-        run_folder.refuse_foreign(
-            folder, [name for name in run_folder.PRODUCTS if name != run_folder.CONFIG]
-        )
-    other = run_folder.elsewhere(folder)
-    checkpoint, passed_over = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+        refuse_foreign(folder, [name for name in PRODUCTS if name != CONFIG])
+    other = another_folder(folder)
+    checkpoint, passed_over = checkpoints.newest(folder / CHECKPOINTS)
     for notice in passed_over:
         console.notice(notice)
     if checkpoint is None and passed_over:
@@ -279,13 +307,9 @@ def open_folder(
             f"start another: {other}"
         )
     # As noted at the start, for config.yml may have been edited since.
-    facts = run_folder.started(folder) or {}
+    facts = read_started(folder) or {}
     noted = facts.get("config")
-    stored = (
-        check_config(noted, {})
-        if isinstance(noted, dict)
-        else load_config(folder / run_folder.CONFIG)
-    )
+    stored = check_config(noted, {}) if isinstance(noted, dict) else load_config(folder / CONFIG)
     differing = {
         key: (value_at(stored, key), value_at(settings, key))
         for key in key_paths()
@@ -302,7 +326,7 @@ def open_folder(
         program = ["etude", "train"]
         if processes > 1:
             program = ["torchrun", "--nproc_per_node", str(processes), "-m", train.__module__]
-        same = command(*program, folder / run_folder.CONFIG, "--resume", f"output.dir={folder}")
+        same = command(*program, folder / CONFIG, "--resume", f"output.dir={folder}")
         refuse_unless(
             force,
             f"{folder} was started with other settings: {changes}. Go on with its own: "
@@ -315,19 +339,19 @@ def refuse_taken(folder: Path) -> None:
     """Raise UserError if `folder` holds a finished run, or anything that no training of Etude wrote."""
     if folder.exists() and not folder.is_dir():
         raise UserError(
-            f"output.dir: {folder} exists and is no folder; choose another: {run_folder.elsewhere(folder)}"
+            f"output.dir: {folder} exists and is no folder; choose another: {another_folder(folder)}"
         )
-    there = run_folder.entries(folder) if folder.is_dir() else []
-    if there and run_folder.is_finished(folder):
+    there = entries(folder) if folder.is_dir() else []
+    if there and is_finished(folder):
         raise UserError(
             f"output.dir: {folder} holds a finished run, which is never overwritten. Choose another folder: "
-            f"{run_folder.elsewhere(folder)}"
+            f"{another_folder(folder)}"
         )
-    if there and run_folder.started(folder) is None:
+    if there and read_started(folder) is None:
         more = f" and {len(there) - 5:,} more" if len(there) > 5 else ""
         raise UserError(
             f"output.dir: {folder} is not a run: it holds {', '.join(there[:5])}{more}, which no training of "
-            f"Etude wrote there, and which stays as it is. Choose another folder: {run_folder.elsewhere(folder)}"
+            f"Etude wrote there, and which stays as it is. Choose another folder: {another_folder(folder)}"
         )
 
 
@@ -374,36 +398,31 @@ def start_folder(
         **{f"{split} data": table.fingerprint for split, table in tables.items()},
         "labels": tables["train"].labels,
     }
-    environment = run_folder.environment()
-    metrics, lines = folder / run_folder.METRICS, []
+    environment = current_environment()
+    metrics, lines = folder / METRICS, []
     if checkpoint:
-        stored = run_folder.started(folder) or run_folder.read_json(folder / run_folder.STARTED)
-        before = stored.get("environment")
-        if not isinstance(before, dict):
-            raise UserError(
-                f"{folder / run_folder.STARTED}: no environment in it; the run is damaged, train it again"
-            )
-        for difference in run_folder.environment_differences(before, environment):
+        stored = read_form(folder / STARTED, Started)
+        for difference in environment_differences(stored["environment"], environment):
             console.notice(f"since the training began: {difference}")
         differing = [key for key in facts if facts[key] != stored.get(key)]
         if differing:
             refuse_unless(
                 force,
                 f"since {folder} was started, these changed: {', '.join(differing)}. Bring them back, "
-                f"start another run: {run_folder.elsewhere(folder)}; or go on all the same: --force",
+                f"start another run: {another_folder(folder)}; or go on all the same: --force",
             )
         # What was logged after the checkpoint is about to happen again; a torn last line goes too.
         step = checkpoints.step_of(checkpoint)
-        lines = [line for line in report.read_metrics(metrics) if line["step"] <= step]
+        lines = [line for line in read_metrics(metrics) if line["step"] <= step]
     files.clear(folder)
     # The date that the template writes: of a resumed run, the one that it was begun with.
     started = {**facts, "date": date and date.isoformat(), "environment": environment}
-    run_folder.begin(folder, started | {"config": settings.model_dump(mode="json")})
+    begin_run(folder, started | {"config": settings.model_dump(mode="json")})
     # One that was edited and says the same stays as it is, its comments too.
-    file = folder / run_folder.CONFIG
+    file = folder / CONFIG
     if not file.exists() or load_config(file) != settings:
-        run_folder.write(folder, run_folder.CONFIG, to_yaml(settings))
-    run_folder.write(folder, run_folder.METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        write_file(folder, CONFIG, to_yaml(settings))
+    write_file(folder, METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:
@@ -657,9 +676,9 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
         if loop.stop and distributed.WORLD > 1:
             return
         if loop.stop:
-            checkpoint, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+            checkpoint, _ = checkpoints.newest(folder / CHECKPOINTS)
             none = "" if checkpoint else "no checkpoint was made yet; "
-            raise KeyboardInterrupt(f"left at once; {none}{run_folder.go_on(folder)}", code)
+            raise KeyboardInterrupt(f"left at once; {none}{how_to_continue(folder)}", code)
         loop.stop = True
         if distributed.FIRST:
             more = "" if distributed.WORLD > 1 else "; once more to leave at once"
@@ -679,7 +698,7 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
                 # In the same words by all that are left, so that it is told once.
                 closed = re.search("closed|reset|broken pipe", str(error), re.I)
                 reason = "its connection ended" if closed else first_line(error)
-                newest, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+                newest, _ = checkpoints.newest(folder / CHECKPOINTS)
                 raise UserError(
                     f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
                     f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
@@ -688,12 +707,12 @@ def stoppable(loop: Any, folder: Path) -> Iterator[None]:
                         if newest
                         else "No checkpoint was made yet"
                     )
-                    + f"; {run_folder.go_on(folder)}"
+                    + f"; {how_to_continue(folder)}"
                 ) from None
     except Stopped:
         state = loop.state
         raise KeyboardInterrupt(
-            f"stopped at step {state.global_step} of {state.max_steps}; {run_folder.go_on(folder)}",
+            f"stopped at step {state.global_step} of {state.max_steps}; {how_to_continue(folder)}",
             code,
         ) from None
 
@@ -759,7 +778,7 @@ def make_manifest(
             for split, item in reports.items()
         },
         "results": results,
-        "environment": run_folder.environment(),
+        "environment": current_environment(),
     }
 
 

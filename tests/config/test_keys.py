@@ -14,7 +14,7 @@ from etude.data import dataset as data
 from etude.engine import generation
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
 from etude.training import trainer
 
 
@@ -70,7 +70,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return seen
 
     def template(config):
-        return run_folder.renderer_for(base(config), config).state()
+        return opening.renderer_for(base(config), config).state()
 
     def adapter(config):
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,7 +83,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return found
 
     def tables(config):
-        renderer = run_folder.renderer_for(base(config), config)
+        renderer = opening.renderer_for(base(config), config)
         return {
             split: data.encode(table, renderer, config.dataset, split)[0]
             for split, table in train_with_config.read_tables(config).items()
@@ -169,7 +169,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
             return [generation.Response("a", 1, True)] * len(prompts)
 
         monkeypatch.setattr(generation, "generate", spy)
-        renderer = run_folder.renderer_for(base(config), config)
+        renderer = opening.renderer_for(base(config), config)
         prompts = [[{"role": "user", "content": f"q{n}"}] for n in range(20)]
         model = types.SimpleNamespace(config=None)
         evaluation.respond(model, renderer, prompts, config, "model", ["x:1"] * len(prompts))
@@ -187,7 +187,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
                 return input_ids
 
         torch.manual_seed(99)
-        renderer = run_folder.renderer_for(base(config), config)
+        renderer = opening.renderer_for(base(config), config)
         generation.generate(Model(), renderer, [[1, 2]], config.generation)
         return seen
 

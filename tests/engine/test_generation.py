@@ -9,14 +9,14 @@ from etude.config.schema import Generation
 from etude.conversation.renderer import Renderer
 from etude.engine.generation import _Finite, _Streamer, generate
 from etude.errors import UserError
-from etude.runs import folder as run_folder
+from etude.runs import opening
 
 GREEDY = Generation(temperature=0.0, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model):
-    return run_folder.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
+    return opening.open_target(str(tiny_model), ["model.dtype=float32", "training.use_cpu=true"])
 
 
 def prompts_of(target, *texts):

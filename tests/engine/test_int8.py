@@ -22,7 +22,8 @@ from etude.engine import int8, packing
 from etude.engine.int8 import Int8Linear, quantize_asymmetric, quantize_symmetric
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
+from etude.runs.folder import METRICS
 
 # --- rows of numbers -----------------------------------------------------------------------------
 
@@ -401,12 +402,12 @@ def test_training_on_int8_learns_what_training_on_the_base_learns(train, tmp_pat
         result = train(folder, f"model.quantization={kind}")
         assert result.exit_code == 0, result.output
         assert ("int8 base" in result.output) == (kind == "int8")
-        lines = (tmp_path / folder / run_folder.METRICS).read_text().splitlines()
+        lines = (tmp_path / folder / METRICS).read_text().splitlines()
         losses[kind] = [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses["int8"] != losses["null"]
     assert losses["int8"] == pytest.approx(losses["null"], rel=0.02)
     # Its adapter goes on any copy of the base.
-    target = run_folder.open_target(str(tmp_path / "int8"), [])
+    target = opening.open_target(str(tmp_path / "int8"), [])
     ids = torch.tensor([[5, 6, 7]])
     before = target.base.model(ids).logits
     after = target.tuned()(ids).logits

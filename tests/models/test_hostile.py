@@ -26,7 +26,7 @@ from etude.data import readers
 from etude.errors import UserError
 from etude.models import loading, lora
 from etude.models.device import Device
-from etude.runs import folder as run_folder
+from etude.runs import opening
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "etude"
@@ -392,7 +392,7 @@ def test_a_sound_adapter_passes(adapter):
 def test_the_base_that_an_adapter_names_is_only_looked_for(adapter, name):
     edit(adapter / "adapter_config.json", base_model_name_or_path=name)
     try:
-        run_folder.open_target(str(adapter), [])
+        opening.open_target(str(adapter), [])
     except (UserError, OSError) as error:  # an OSError is told in one sentence too
         assert str(error)
     else:
@@ -405,7 +405,7 @@ def test_the_base_that_an_adapter_names_is_only_looked_for(adapter, name):
 def test_manifests_of_any_kind_are_told(adapter, tiny_model, text):
     (adapter / "config.yml").write_text(f"model: {{name: {tiny_model}}}")
     (adapter / "manifest.json").write_text(text)
-    assert "the run is damaged" in refusal(run_folder.open_target, str(adapter), [])
+    assert "the run is damaged" in refusal(opening.open_target, str(adapter), [])
 
 
 # --- chat templates ------------------------------------------------------------------------------

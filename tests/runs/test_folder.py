@@ -23,21 +23,40 @@ from etude.conversation import history
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import opening, plots, proof, report
+from etude.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    LOG,
+    MANIFEST,
+    METRICS,
+    PRODUCTS,
+    PROOF,
+    STARTED,
+    Busy,
+    begin_run,
+    is_finished,
+    locked,
+    log,
+    record_file,
+    refuse_live,
+    write_file,
+)
 from etude.training import checkpoints
 
 QUICK = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 NAMES = [
-    *run_folder.PRODUCTS,
-    run_folder.STARTED,
+    *PRODUCTS,
+    STARTED,
     "evaluation",
     "report.md",
     "report.json",
     "notes.txt",
     ".git",
 ]
-OURS = {*run_folder.PRODUCTS, run_folder.STARTED}
+OURS = {*PRODUCTS, STARTED}
+LEFTOVER = files.UNFINISHED + "0123456789abcdef"
 RESULT = {"models": {}}
 
 
@@ -46,7 +65,7 @@ def plain_report():
     """Here a report's text does not matter, only where it is written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "evaluation_markdown", lambda *_: "text")
-        patch.setattr(report, "confusion_plot", lambda _, title, file: file.write_bytes(b"PNG"))
+        patch.setattr(plots, "confusion_plot", lambda _, title, file: file.write_bytes(b"PNG"))
         yield
 
 
@@ -60,7 +79,7 @@ def state(folder):
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             found[path] = os.readlink(path)
-        elif path.name != run_folder.LOCK:
+        elif path.name != LOCK:
             found[path] = path.read_bytes() if path.is_file() else None
     return found
 
@@ -107,10 +126,10 @@ def program():
     seen = SimpleNamespace(during=lambda folder: None, checkpoints=1)
 
     def fit(model, config, place, examples, folder, checkpoint):
-        files.append(folder / run_folder.METRICS, '{"step": 1, "seconds": 0.1, "loss": 1.0}\n')
+        files.append(folder / METRICS, '{"step": 1, "seconds": 0.1, "loss": 1.0}\n')
         if seen.checkpoints:
-            run_folder.record(folder, f"{run_folder.CHECKPOINTS}/checkpoint-1")
-            target = folder / run_folder.CHECKPOINTS / "checkpoint-1"
+            record_file(folder, f"{CHECKPOINTS}/checkpoint-1")
+            target = folder / CHECKPOINTS / "checkpoint-1"
             with checkpoints.writing(target) as work:
                 (work / checkpoints.PROGRESS).write_text("{}")
             checkpoints.retain(target.parent, 1, 1, None, ["checkpoint-1"])
@@ -122,7 +141,7 @@ def program():
             (folder / name).write_text("trained")
 
     def expect(folder, *_):
-        run_folder.write(folder, run_folder.PROOF, "{}")
+        write_file(folder, PROOF, "{}")
         return "digest"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -130,8 +149,8 @@ def program():
         patch.setattr(twc, "read_tables", lambda _: {"train": table})
         patch.setattr(twc, "choose_device", lambda _: base.device)
         patch.setattr(loading, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
-        patch.setattr(run_folder, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
-        patch.setattr(run_folder, "environment", lambda: {"libraries": {"etude": "1"}})
+        patch.setattr(opening, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
+        patch.setattr(twc, "current_environment", lambda: {"libraries": {"etude": "1"}})
         patch.setattr(twc, "encode", lambda *_: ({}, {}))
         patch.setattr(twc, "show_data", lambda *_: None)
         patch.setattr(twc, "make_plan", lambda *_: (None, False))
@@ -142,12 +161,12 @@ def program():
         patch.setattr(lora, "save", save)
         patch.setattr(proof, "expect", expect)
         patch.setattr(proof, "in_a_new_process", lambda _: "left out")
-        patch.setattr(report, "model_card", lambda *_: "card")
-        patch.setattr(report, "loss_plot", lambda _, picture: picture.write_bytes(b"PNG"))
+        patch.setattr(twc, "model_card", lambda *_: "card")
+        patch.setattr(plots, "loss_plot", lambda _, picture: picture.write_bytes(b"PNG"))
         patch.setattr(checkpoints, "read_progress", lambda _: {"processes": 1})
         patch.setattr(device, "used_memory", lambda *_, **__: 0)
         patch.setattr(device, "free_memory", lambda: None)
-        patch.setattr(twc.terminal, "quiet_transformers", lambda: None)
+        patch.setattr(twc.console, "quiet_transformers", lambda: None)
         # Neither it nor torch is needed here; and no power fails.
         patch.setitem(sys.modules, "transformers", SimpleNamespace(set_seed=lambda _: None))
         patch.setattr(os, "fsync", lambda _: None)
@@ -192,10 +211,8 @@ def test_a_training_changes_nothing_that_it_did_not_write(program, tmp_path_fact
         assert state(folder.parent) == before
     else:
         train(folder)
-        assert run_folder.is_finished(folder) and {
-            path.name for path in folder.iterdir()
-        } >= OURS - {run_folder.LOG}
-    assert not (folder / run_folder.LOCK).exists()
+        assert is_finished(folder) and {path.name for path in folder.iterdir()} >= OURS - {LOG}
+    assert not (folder / LOCK).exists()
 
 
 @QUICK
@@ -220,10 +237,10 @@ def test_what_a_person_puts_into_a_run_stays(program, tmp_path_factory, content,
         train(folder)
     program.during = lambda folder: None
     if moment == "between":
-        if run_folder.is_finished(folder):
-            (folder / run_folder.MANIFEST).unlink()
+        if is_finished(folder):
+            (folder / MANIFEST).unlink()
         put(folder)
-    changed = {name for name in content if name == run_folder.METRICS}
+    changed = {name for name in content if name == METRICS}
     for _ in range(2):
         with contextlib.suppress(UserError, OSError):
             train(folder)
@@ -261,7 +278,7 @@ def test_a_file_put_into_an_unfinished_run_is_named_and_stays(training, tmp_path
     assert (folder / name).read_text() == content
     (folder / name).rename(tmp_path / "elsewhere")
     train(folder)
-    assert run_folder.is_finished(folder)
+    assert is_finished(folder)
 
 
 def test_a_file_put_there_during_the_training_ends_it_and_the_adapter_is_not_lost(
@@ -286,15 +303,15 @@ def test_what_is_nobodys_business_is_no_obstacle(training, tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(folder)
     (folder / "notes.txt").write_text("mine")
-    edited = "# why r is 64\n" + (folder / run_folder.CONFIG).read_text()
-    (folder / run_folder.CONFIG).write_text(edited)
-    with (folder / run_folder.METRICS).open("a") as stream:
+    edited = "# why r is 64\n" + (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(edited)
+    with (folder / METRICS).open("a") as stream:
         stream.write('{"step": 2, "lo')
     training.during = lambda folder: None
     train(folder)
-    assert (folder / run_folder.CONFIG).read_text() == edited
+    assert (folder / CONFIG).read_text() == edited
     assert (folder / "notes.txt").read_text() == "mine"
-    assert run_folder.is_finished(folder)
+    assert is_finished(folder)
 
 
 def test_an_edited_configuration_is_not_replaced_by_another(training, tmp_path):
@@ -302,11 +319,11 @@ def test_an_edited_configuration_is_not_replaced_by_another(training, tmp_path):
     training.during = lambda folder: 1 / 0
     with pytest.raises(ZeroDivisionError):
         train(folder)
-    edited = (folder / run_folder.CONFIG).read_text().replace("  seed: 42", "  seed: 7")
-    (folder / run_folder.CONFIG).write_text(edited)
+    edited = (folder / CONFIG).read_text().replace("  seed: 42", "  seed: 7")
+    (folder / CONFIG).write_text(edited)
     with pytest.raises(UserError, match=r"config\.yml: not as this run wrote it"):
         train(folder, force=True)
-    assert (folder / run_folder.CONFIG).read_text() == edited
+    assert (folder / CONFIG).read_text() == edited
 
 
 def test_a_setting_edited_in_an_unfinished_runs_own_file_is_noticed(training, tmp_path):
@@ -314,7 +331,7 @@ def test_a_setting_edited_in_an_unfinished_runs_own_file_is_noticed(training, tm
     training.during = lambda folder: 1 / 0
     with pytest.raises(ZeroDivisionError):
         train(folder)
-    file = folder / run_folder.CONFIG
+    file = folder / CONFIG
     file.write_text(file.read_text().replace("learning_rate: 2e-4", "learning_rate: 1e-3"))
     edited = load_config(file)
     with pytest.raises(UserError, match=r"training.learning_rate 0.0002 \(now 0.001\)"):
@@ -328,40 +345,29 @@ def test_an_adapter_copied_with_its_configuration_is_no_run(training, tmp_path):
     train(tmp_path / "run")
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in (run_folder.CONFIG, lora.WEIGHTS, lora.ADAPTER_CONFIG):
+    for name in (CONFIG, lora.WEIGHTS, lora.ADAPTER_CONFIG):
         (copy / name).write_bytes((tmp_path / "run" / name).read_bytes())
     before = state(copy)
     with pytest.raises(UserError, match=r"is not a run: it holds adapter_config\.json"):
         train(copy)
     # With all but the manifest and the checkpoints it is a run, and its adapter stays.
-    (copy / run_folder.STARTED).write_bytes((tmp_path / "run" / run_folder.STARTED).read_bytes())
+    (copy / STARTED).write_bytes((tmp_path / "run" / STARTED).read_bytes())
     with pytest.raises(UserError, match="holds an adapter and no checkpoint"):
         train(copy)
-    (copy / run_folder.STARTED).unlink()
+    (copy / STARTED).unlink()
     assert state(copy) == before
 
 
-def test_runs_of_earlier_versions_stay_what_they_are(training, tmp_path):
+def test_a_finished_run_without_started_json_stays_what_it_is(training, tmp_path):
     train(tmp_path / "run")
     finished = tmp_path / "finished"
     (tmp_path / "run").rename(finished)
-    (finished / run_folder.STARTED).unlink()
+    (finished / STARTED).unlink()
     with pytest.raises(UserError, match="holds a finished run"):
         train(finished)
-    # One that did not end: started.json without a list of what was written.
-    folder = tmp_path / "old"
-    training.during = lambda folder: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        train(folder)
-    facts = json.loads((folder / run_folder.STARTED).read_text())
-    del facts["program"], facts["written"]
-    (folder / run_folder.STARTED).write_text(json.dumps(facts))
-    training.during = lambda folder: None
-    train(folder)
-    assert run_folder.is_finished(folder)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(20))
 def test_a_kill_at_any_write_leaves_what_can_be_begun_again(
     training, tmp_path, monkeypatch, number
 ):
@@ -377,22 +383,23 @@ def test_a_kill_at_any_write_leaves_what_can_be_begun_again(
     monkeypatch.setattr(files, "flush", killed)
     with pytest.raises(KeyboardInterrupt):
         train(folder)
-    if number == 0:
-        assert [path.name for path in folder.iterdir()] == [run_folder.STARTED]
-    files.unfinished(folder).write_text("half a file")
+    if number == 2:  # started.json, its name, then the next file
+        assert [path.name for path in folder.iterdir()] == [STARTED]
+    folder.mkdir(exist_ok=True)  # gone again where nothing was in it
+    (folder / LEFTOVER).write_text("half a file")
     monkeypatch.undo()
     train(folder)
-    assert run_folder.is_finished(folder)
+    assert is_finished(folder)
     assert not files.leftovers(folder)
 
 
 def test_anothers_checkpoint_is_neither_deleted_nor_replaced(tmp_path):
-    run_folder.begin(tmp_path, {})
-    home = tmp_path / run_folder.CHECKPOINTS
+    begin_run(tmp_path, {})
+    home = tmp_path / CHECKPOINTS
     for step in (1, 2):
         (home / checkpoints.name(step)).mkdir(parents=True)
         (home / checkpoints.name(step) / "optimizer.pt").write_text("theirs")
-    run_folder.record(tmp_path, f"{run_folder.CHECKPOINTS}/checkpoint-3")
+    record_file(tmp_path, f"{CHECKPOINTS}/checkpoint-3")
     with checkpoints.writing(home / "checkpoint-3") as work:
         (work / checkpoints.PROGRESS).write_text("{}")
     checkpoints.retain(home, 3, 1, None, ["checkpoint-3"])
@@ -402,13 +409,13 @@ def test_anothers_checkpoint_is_neither_deleted_nor_replaced(tmp_path):
         "checkpoint-3",
     }
     with pytest.raises(UserError, match="checkpoint-1: not as this run wrote it"):
-        run_folder.record(tmp_path, f"{run_folder.CHECKPOINTS}/checkpoint-1")
+        record_file(tmp_path, f"{CHECKPOINTS}/checkpoint-1")
 
 
 def test_train_in_a_persons_folder_by_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     configuration_text = to_yaml(Config())
-    (tmp_path / run_folder.CONFIG).write_text(configuration_text)
+    (tmp_path / CONFIG).write_text(configuration_text)
     for name in ("README.md", "metrics.jsonl", "proof.json", "loss.png"):
         (tmp_path / name).write_text("mine")
     before = state(tmp_path)
@@ -455,9 +462,7 @@ def test_two_evaluations_at_once_take_two_folders(tmp_path):
     first, second = (evaluation.report_folder(str(tmp_path), None) for _ in range(2))
     with first as one, second as two:
         assert (one.name, two.name) == ("evaluation", "evaluation-2")
-        with pytest.raises(
-            run_folder.Busy, match=f"being written by process {os.getpid()} on .* since 20"
-        ):
+        with pytest.raises(Busy, match=f"being written by process {os.getpid()} on .* since 20"):
             evaluate(tmp_path, one)
         report.write_evaluation(RESULT, {}, [], two)
     # The one without a report is gone.
@@ -477,7 +482,7 @@ def test_a_report_is_whole_or_not_at_all_and_ends_with_its_figures(tmp_path, mon
     assert placed == ["predictions.jsonl", "confusion-tuned.png", "report.md", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(placed)
     # Where it fails, nothing half is left.
-    monkeypatch.setattr(report, "confusion_plot", lambda *_: 1 / 0)
+    monkeypatch.setattr(plots, "confusion_plot", lambda *_: 1 / 0)
     (tmp_path / "b").mkdir()
     with pytest.raises(ZeroDivisionError):
         report.write_evaluation(result, {}, [], tmp_path / "b")
@@ -494,23 +499,21 @@ def test_a_second_training_is_refused_in_one_sentence(training, tmp_path):
     def second(_):
         before = state(folder)
         for options in ({}, {"resume": True}, {"resume": False}, {"force": True}):
-            with pytest.raises(run_folder.Busy) as busy:
+            with pytest.raises(Busy) as busy:
                 train(folder, **options)
             said.append(str(busy.value))
-        for program in (run_folder.refuse_live, lambda name: run_folder.open_config(name, [])):
-            with pytest.raises(
-                run_folder.Busy, match=f"being trained by process {os.getpid()} on .*; wait"
-            ):
+        for program in (refuse_live, lambda name: opening.open_config(name, [])):
+            with pytest.raises(Busy, match=f"being trained by process {os.getpid()} on .*; wait"):
                 program(str(folder))
         assert state(folder) == before
 
     training.during = second
     train(folder)
-    assert run_folder.is_finished(folder) and not (folder / run_folder.LOCK).exists()
+    assert is_finished(folder) and not (folder / LOCK).exists()
     assert len(said) == 4 and f"output.dir={folder}-2" not in said[0]
     assert f"is being written by process {os.getpid()} on " in said[0]
     assert "--resume" not in "".join(said)
-    run_folder.refuse_live(str(folder))  # the control: it has ended
+    refuse_live(str(folder))  # the control: it has ended
 
 
 COMMANDS = {
@@ -519,7 +522,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "evaluate --out": lambda folder: evaluate("model", folder),
     "save": lambda folder: history.save(history.Conversation(), folder),
-    "init": lambda folder: files.write_new(folder / run_folder.CONFIG, b"model:\n"),
+    "init": lambda folder: files.write_new(folder / CONFIG, b"model:\n"),
 }
 
 
@@ -556,8 +559,8 @@ def test_any_commands_on_one_folder(program, tmp_path_factory, first, others, at
 HOLDER = """
 import sys
 from pathlib import Path
-from etude import runs
-with runs.held(Path(sys.argv[1])):
+from etude.runs.folder import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -569,22 +572,22 @@ def test_a_killed_holder_blocks_nothing_and_a_live_one_everything(training, tmp_
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(run_folder.Busy, match=f"by process {holder.pid} on .* since 20"):
+        with pytest.raises(Busy, match=f"by process {holder.pid} on .* since 20"):
             train(folder)
         result = etude("evaluate", folder)
         assert (
             result.exit_code == 2 and f"being trained by process {holder.pid} on" in result.output
         )
         assert "--resume" not in result.output
-        with pytest.raises(run_folder.Busy):
+        with pytest.raises(Busy):
             chat_opens(folder)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    assert str(holder.pid) in (folder / run_folder.LOCK).read_text()
-    run_folder.refuse_live(str(folder))
+    assert str(holder.pid) in (folder / LOCK).read_text()
+    refuse_live(str(folder))
     train(folder)
-    assert run_folder.is_finished(folder) and not (folder / run_folder.LOCK).exists()
+    assert is_finished(folder) and not (folder / LOCK).exists()
 
 
 def chat_opens(folder):
@@ -594,23 +597,23 @@ def chat_opens(folder):
 
 @pytest.mark.parametrize("content", ["{}", "mine", '{"program": "other"}'])
 def test_a_lock_that_is_not_etudes_is_left_alone(training, tmp_path, content):
-    (tmp_path / run_folder.LOCK).write_text(content)
+    (tmp_path / LOCK).write_text(content)
     with pytest.raises(UserError, match="is not what Etude writes, and takes the name of its lock"):
         train(tmp_path)
-    assert (tmp_path / run_folder.LOCK).read_text() == content
+    assert (tmp_path / LOCK).read_text() == content
     # What kills leave: an empty one, or one of a process that is gone, after a reuse of its number too.
     for left in ("", json.dumps({"program": "etude", "process": os.getpid(), "host": "x"})):
-        (tmp_path / run_folder.LOCK).write_text(left)
-        with run_folder.held(tmp_path):
-            assert json.loads((tmp_path / run_folder.LOCK).read_text())["process"] == os.getpid()
+        (tmp_path / LOCK).write_text(left)
+        with locked(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
-    with pytest.raises(ZeroDivisionError), run_folder.held(tmp_path / "a" / "b"):
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "a" / "b"):
         raise ZeroDivisionError
     assert not (tmp_path / "a" / "b").exists()
     (tmp_path / "mine").mkdir()
-    with run_folder.held(tmp_path / "mine"):
+    with locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir()
 
@@ -618,7 +621,7 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for folder in (Path("/proc/nothing/run"), tmp_path / "loop" / "run"):
-        with pytest.raises((OSError, UserError)), run_folder.held(folder):
+        with pytest.raises((OSError, UserError)), locked(folder):
             pass
 
 
@@ -629,8 +632,8 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", none)
-    monkeypatch.setattr(run_folder.log.parent, "propagate", True)
-    with run_folder.held(tmp_path / "run"):
+    monkeypatch.setattr(log.parent, "propagate", True)
+    with locked(tmp_path / "run"):
         (tmp_path / "run" / "a").write_text("")
     assert "no locks on this file system" in caplog.text
 
@@ -641,9 +644,9 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(OURS - {run_folder.MANIFEST}),
-        run_folder.LOCK,
-        f"{run_folder.CHECKPOINTS}/checkpoint-1",
+        *sorted(OURS - {MANIFEST}),
+        LOCK,
+        f"{CHECKPOINTS}/checkpoint-1",
     ],
 )
 @pytest.mark.parametrize("dangling", [False, True])
@@ -676,11 +679,11 @@ def test_a_run_behind_a_link_that_the_user_names_works(training, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     train(tmp_path / "runs" / "one")
-    assert run_folder.is_finished(tmp_path / "disk" / "one")
+    assert is_finished(tmp_path / "disk" / "one")
     (tmp_path / "disk" / "two").mkdir()
     (tmp_path / "two").symlink_to(tmp_path / "disk" / "two")
     train(tmp_path / "two")
-    assert run_folder.is_finished(tmp_path / "disk" / "two")
+    assert is_finished(tmp_path / "disk" / "two")
     assert evaluate(tmp_path / "two").parent == tmp_path / "two"
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists and is no folder"):
@@ -711,7 +714,6 @@ def test_writes_replace_links_themselves_have_the_usual_mode_and_never_meet(tmp_
     assert (theirs.read_text(), link.read_text(), link.is_symlink()) == ("precious", "ours", False)
     theirs.write_text("")
     assert stat.S_IMODE(link.stat().st_mode) == stat.S_IMODE(theirs.stat().st_mode)
-    assert len({files.unfinished(tmp_path) for _ in range(100)}) == 100
     # Without hard links, too, a new file is written over nothing.
     monkeypatch.setattr(
         os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links"))
@@ -722,7 +724,7 @@ def test_writes_replace_links_themselves_have_the_usual_mode_and_never_meet(tmp_
     assert (tmp_path / "new").read_bytes() == b"new"
     # A person's own file of a like name is not what a kill left.
     (tmp_path / ".unfinished-novel").write_text("mine")
-    files.unfinished(tmp_path).mkdir()
+    (tmp_path / LEFTOVER).mkdir()
     files.clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".unfinished-novel", "link", "new", "theirs"

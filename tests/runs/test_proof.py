@@ -16,8 +16,14 @@ from etude.config.schema import Config, Lora
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import opening, proof
+from etude.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, METRICS, STARTED
+from etude.runs.manifest import (
+    changes_since,
+    current_environment,
+    environment_differences,
+    read_metrics,
+)
 
 
 def etude(*arguments):
@@ -121,7 +127,7 @@ def test_an_adapter_that_does_nothing_is_refused_at_the_end(tiny_model, files, t
     assert "the adapter changes nothing: lora_B is all zero" in told(result)
     assert "--resume" in told(result)
     assert (tmp_path / "run" / lora.WEIGHTS).is_file()
-    assert not (tmp_path / "run" / run_folder.MANIFEST).exists()
+    assert not (tmp_path / "run" / MANIFEST).exists()
 
 
 def test_a_loss_that_is_not_the_trainings_is_refused(copied):
@@ -195,12 +201,12 @@ def test_another_base_is_refused_for_a_bare_adapter_too(finished, tmp_path, tiny
     bare.mkdir()
     for file in (lora.WEIGHTS, lora.ADAPTER_CONFIG):
         shutil.copy(finished[0] / file, bare / file)
-    checkpoints = sorted((finished[0] / run_folder.CHECKPOINTS).glob("checkpoint-*"))
+    checkpoints = sorted((finished[0] / CHECKPOINTS).glob("checkpoint-*"))
     assert checkpoints
     for folder in (bare, checkpoints[0]):
-        assert run_folder.open_target(str(folder), []).adapter == folder
+        assert opening.open_target(str(folder), []).adapter == folder
         with pytest.raises(UserError, match="trained on another base"):
-            run_folder.open_target(str(folder), [f"model.name={other}"])
+            opening.open_target(str(folder), [f"model.name={other}"])
 
 
 # --- a base in 4 bits -------------------------------------------------------------------------
@@ -210,10 +216,10 @@ def test_another_base_is_refused_for_a_bare_adapter_too(finished, tmp_path, tiny
 def test_a_run_is_opened_on_the_base_that_it_is_used_on(
     copied, tiny_model, monkeypatch, quantization
 ):
-    settings = load_config(copied / run_folder.CONFIG)
+    settings = load_config(copied / CONFIG)
     model = settings.model.model_copy(update={"quantization": quantization})
     changed = settings.model_copy(update={"model": model})
-    (copied / run_folder.CONFIG).write_text(to_yaml(changed))
+    (copied / CONFIG).write_text(to_yaml(changed))
     asked, original = [], loading.load
 
     def load(name, place, revision=None, quantization=None, known=None):
@@ -223,13 +229,13 @@ def test_a_run_is_opened_on_the_base_that_it_is_used_on(
         return base
 
     monkeypatch.setattr(loading, "load", load)
-    target = run_folder.open_target(str(copied), [])
+    target = opening.open_target(str(copied), [])
     assert asked == ["nf4" if quantization == "nf4" else None]
     # An adapter is not merged into 4 bits, and is merged elsewhere.
     tuned = target.tuned()
     assert hasattr(tuned, "peft_config") == (quantization == "nf4")
     # Whoever has the room may ask for the float base.
-    run_folder.open_target(str(copied), ["model.quantization=null"])
+    opening.open_target(str(copied), ["model.quantization=null"])
     assert asked[1:] == [None]
 
 
@@ -247,7 +253,7 @@ def test_a_run_is_opened_on_the_base_that_it_is_used_on(
 def test_a_loss_in_4_bits_is_the_trainings_own(monkeypatch, quantization, off, dtype, proven):
     monkeypatch.setattr(proof, "mean_loss", lambda *_: 2.0 * (1 + off))
     model = types.SimpleNamespace(dtype=getattr(torch, dtype))
-    target = run_folder.Target(None, None, Config(), None)
+    target = opening.Target(None, None, Config(), None)
     expected = {"dtype": dtype, "quantization": quantization}
     expected["loss"] = {"split": "validation", "value": 2.0}
     if not proven:
@@ -297,7 +303,7 @@ def test_a_training_in_4_bits_is_proven_in_4_bits(tiny_model, files, tmp_path):
     assert result.exit_code == 0, result.output
     assert "as in training" in told(result)
     assert "the plan was never measured" not in told(result)  # it fits
-    target = run_folder.open_target(str(run), [])
+    target = opening.open_target(str(run), [])
     assert target.base.model.is_quantized and hasattr(target.tuned(), "peft_config")
     wanted = etude("evaluate", run, "--data", files / "pairs.jsonl", "evaluation.max_rows=4")
     assert wanted.exit_code == 0, wanted.output
@@ -320,7 +326,7 @@ def test_a_proof_that_fails_leaves_the_run_unfinished(code, stderr, words, monke
 
     Done.stderr = stderr
     monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: Done)
-    (tmp_path / run_folder.CHECKPOINTS / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / CHECKPOINTS / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         proof.in_a_new_process(tmp_path)
     assert words in str(caught.value)
@@ -331,23 +337,23 @@ def test_a_proof_that_fails_leaves_the_run_unfinished(code, stderr, words, monke
 
 
 def test_the_environment_is_recorded_and_differences_are_told():
-    now = run_folder.environment()
+    now = current_environment()
     assert json.loads(json.dumps(now)) == now
     assert now["threads"] == torch.get_num_threads()
     assert now["libraries"]["torch"] == torch.__version__
-    assert run_folder.environment_differences(now, now) == []
+    assert environment_differences(now, now) == []
     stored = {
         **now,
         "threads": 64,
         "cpu_flags": [*now["cpu_flags"], "abacus"],
         "libraries": {**now["libraries"], "torch": "1.0"},
     }
-    assert run_folder.environment_differences(stored, now) == [
+    assert environment_differences(stored, now) == [
         "CPU flag abacus: yes, now none",
         f"threads: 64, now {now['threads']}",
         f"torch: 1.0, now {torch.__version__}",
     ]
-    (first, *_) = run_folder.environment_differences({}, {"threads": 2})
+    (first, *_) = environment_differences({}, {"threads": 2})
     assert first == "threads: not recorded, now 2"
 
 
@@ -359,17 +365,17 @@ def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys
     train_with_config.start_folder(tmp_path, None, settings, tables, base, False)
     train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
     assert "since the training began" not in capsys.readouterr().out
-    stored = json.loads((tmp_path / run_folder.STARTED).read_text())
+    stored = json.loads((tmp_path / STARTED).read_text())
     stored["environment"]["threads"] = 64
-    (tmp_path / run_folder.STARTED).write_text(json.dumps(stored))
+    (tmp_path / STARTED).write_text(json.dumps(stored))
     train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
     assert "since the training began: threads: 64, now" in capsys.readouterr().out
 
-    assert run_folder.changes_since(tmp_path) == []  # no finished run
-    (tmp_path / run_folder.MANIFEST).write_text(json.dumps({"environment": stored["environment"]}))
-    assert [line.partition(",")[0] for line in run_folder.changes_since(tmp_path)] == [
-        "threads: 64"
-    ]
+    assert changes_since(tmp_path) == []  # no finished run
+    manifest = {"base": {"identity": ""}, "config": {}, "chat_format": {}, "data": {}}
+    manifest["environment"] = stored["environment"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert [line.partition(",")[0] for line in changes_since(tmp_path)] == ["threads: 64"]
 
 
 # --- reproduce -------------------------------------------------------------------------------
@@ -389,22 +395,22 @@ def test_a_run_repeats_bit_for_bit(finished, tmp_path):
 
 def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypatch):
     # The control: the manifest's seed decides, not the one in config.yml.
-    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest = json.loads((copied / MANIFEST).read_text())
     manifest["config"]["training"]["seed"] += 1
     manifest["config"]["dataset"]["validation_split"] = 0.1
-    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    (copied / MANIFEST).write_text(json.dumps(manifest))
     monkeypatch.chdir(copied)
     result = etude("reproduce", ".")
     assert result.exit_code == 1, result.output
     assert "logged losses differ, first at step 1 (loss " in told(result)
     assert "differs by up to" in told(result)
-    assert (copied.parent / "copy-reproduced" / run_folder.MANIFEST).is_file()
+    assert (copied.parent / "copy-reproduced" / MANIFEST).is_file()
 
 
 def test_elsewhere_close_is_enough_and_the_difference_is_told(copied, tmp_path):
-    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest = json.loads((copied / MANIFEST).read_text())
     manifest["environment"]["libraries"]["torch"] = "1.0"
-    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    (copied / MANIFEST).write_text(json.dumps(manifest))
     # As if rounded otherwise: another adapter by a hair.
     tensors = load_file(copied / lora.WEIGHTS)
     name = next(iter(tensors))
@@ -429,9 +435,9 @@ def test_changed_data_or_base_is_refused_before_training(copied, files, tiny_mod
         result
     )
     assert not again.exists()
-    manifest = json.loads((copied / run_folder.MANIFEST).read_text())
+    manifest = json.loads((copied / MANIFEST).read_text())
     manifest["base"]["identity"] = "sha256:0"
-    (copied / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    (copied / MANIFEST).write_text(json.dumps(manifest))
     result = etude("reproduce", copied)
     assert result.exit_code == 2
     assert "trained on another base (sha256:0)" in told(result)
@@ -444,13 +450,11 @@ def test_the_figures_of_a_comparison(copied, finished):
     same = proof.compare_runs(folder, folder)
     assert same.same and same.close
     assert len(proof.logged_losses(folder)) >= 6
-    lines = report.read_metrics(copied / run_folder.METRICS)
+    lines = read_metrics(copied / METRICS)
 
     def log(change):
         changed = [{**line, **change(line)} for line in lines]
-        (copied / run_folder.METRICS).write_text(
-            "".join(json.dumps(line) + "\n" for line in changed)
-        )
+        (copied / METRICS).write_text("".join(json.dumps(line) + "\n" for line in changed))
         return proof.compare_runs(folder, copied)
 
     near = log(
@@ -462,7 +466,7 @@ def test_the_figures_of_a_comparison(copied, finished):
     )
     far = log(lambda line: {"loss": line["loss"] * 1.1} if line.get("loss") else {})
     assert (far.same, far.close) == (False, False)
-    (copied / run_folder.METRICS).write_text(json.dumps(lines[0]) + "\n")
+    (copied / METRICS).write_text(json.dumps(lines[0]) + "\n")
     cut = proof.compare_runs(folder, copied)
     assert (cut.same, cut.close) == (False, False)
     assert "stand in one run only" in cut.losses

@@ -25,8 +25,10 @@ from etude.conversation.renderer import Renderer
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import opening, plots, proof
+from etude.runs.card import model_card
+from etude.runs.folder import STARTED
+from etude.runs.manifest import changes_since, check_base, read_metrics
 from etude.training import checkpoints, trainer
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -219,8 +221,8 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
 def readers(finished, monkeypatch):
     """Programs of this folder, up to where they would load or train."""
     _, base, renderer, _, _ = finished
-    monkeypatch.setattr(run_folder, "_load", lambda config: base)
-    monkeypatch.setattr(run_folder, "renderer_for", lambda *_: renderer)
+    monkeypatch.setattr(opening, "_load", lambda config: base)
+    monkeypatch.setattr(opening, "renderer_for", lambda *_: renderer)
     monkeypatch.setattr(proof, "mean_loss", lambda *_: 1.0)
 
     def examine(name, target, expected, examples):
@@ -230,7 +232,7 @@ def readers(finished, monkeypatch):
 
     def run_training(settings, again, force):
         train_with_config.check_data(again, train_with_config.read_tables(settings))
-        run_folder.check_base("the run", again, base)
+        check_base("the run", again, base)
         raise UserError("as far as this")
 
     monkeypatch.setattr(proof, "examine", examine)
@@ -251,8 +253,8 @@ def test_damaged_manifests_end_in_one_sentence(finished, readers):
     def read(content):
         (folder / "manifest.json").write_text(content)
         try:
-            run_folder.open_target(str(folder), [])  # evaluate and chat
-            run_folder.changes_since(folder)
+            opening.open_target(str(folder), [])  # evaluate and chat
+            changes_since(folder)
             opened = "opened"
         except UserError as error:
             opened = str(error)
@@ -269,7 +271,7 @@ def test_damaged_manifests_end_in_one_sentence(finished, readers):
         (("base", "device"), 5, "base.device: Input should be a valid string"),
         (("base", "identity"), ..., "base.identity: Field required"),
         (("environment",), "x", "environment: Input should be"),
-        (("chat_format",), None, "no chat_format"),
+        (("chat_format",), None, "chat_format: Input should be"),
     ):
         _, repeated = read(json.dumps(changed(manifest, path, new)))
         assert words in repeated and "manifest.json" in repeated
@@ -352,10 +354,10 @@ def test_metrics_that_are_garbage_are_left_out(tmp_path):
            '{"step": true}', '{"step": 1, "loss": [1]}', '{"step": 1, "loss": 1e400}']  # fmt: skip
     lines = [json.dumps(good[0]), *bad, *map(json.dumps, good[1:])]
     file.write_bytes("\n".join(lines).encode() + b'\n{"step": \xff\n')
-    assert report.read_metrics(file) == good
+    assert read_metrics(file) == good
     assert proof.logged_losses(tmp_path) == {(1, "loss"): 2.0, (2, "eval_loss"): 1.5}
-    report.loss_plot(file, tmp_path / "loss.png")
-    assert report.read_metrics(tmp_path / "none") == []
+    plots.loss_plot(file, tmp_path / "loss.png")
+    assert read_metrics(tmp_path / "none") == []
 
 
 PROGRESS = {
@@ -398,10 +400,10 @@ def test_started_of_another_shape_ends_in_one_sentence(tmp_path, finished):
     checkpoint = tmp_path / "checkpoint-1"
     train_with_config.start_folder(tmp_path, None, config, tables, base, False)
     train_with_config.start_folder(tmp_path, checkpoint, config, tables, base, False)  # the control
-    whole = json.loads((tmp_path / run_folder.STARTED).read_text())
+    whole = json.loads((tmp_path / STARTED).read_text())
 
     def read(value):
-        (tmp_path / run_folder.STARTED).write_text(json.dumps(value))
+        (tmp_path / STARTED).write_text(json.dumps(value))
         train_with_config.start_folder(tmp_path, checkpoint, config, tables, base, False)
 
     for value in ([], {**whole, "environment": []}, {**whole, "base": None}):
@@ -478,7 +480,7 @@ def card(name, folder, source):
         "base": {"identity": "sha256:0"},
         "environment": {"libraries": {"etude": "0"}},
     }
-    return report.model_card(config, manifest, "1 of 2 parameters train")
+    return model_card(config, manifest, "1 of 2 parameters train")
 
 
 @given(NAMES, NAMES, NAMES)

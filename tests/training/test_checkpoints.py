@@ -120,7 +120,7 @@ def test_a_damaged_one_is_replaced(home):
 def test_the_last_and_the_best_are_kept_and_leftovers_go(home):
     for step in range(11, 16):
         make(home, step)
-    files.unfinished(home).mkdir()
+    (home / f"{files.UNFINISHED}{17:016x}").mkdir()
     checkpoints.retain(home, 15, 2, best=11)
     assert sorted(path.name for path in home.iterdir()) == [
         "checkpoint-11", "checkpoint-14", "checkpoint-15"

@@ -17,7 +17,7 @@ from etude.config.loading import load_config
 from etude.engine import int8, packing
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
+from etude.runs import opening
 from etude.training import counting, rehearsal
 from etude.training import memory as plan
 
@@ -51,7 +51,7 @@ def prepared(tiny_model, files):
     def prepare(*more):
         settings = load_config(None, overrides=overrides_for(tiny_model, files, *more))
         outline = loading.outline(settings.model.name)
-        renderer = run_folder.renderer_for(outline, settings)
+        renderer = opening.renderer_for(outline, settings)
         tables = train_with_config.read_tables(settings)
         return settings, outline, train_with_config.encode(tables, renderer, settings, None)[0]
 

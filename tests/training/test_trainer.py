@@ -19,8 +19,9 @@ from etude.engine import packing
 from etude.errors import UserError
 from etude.files import sha256
 from etude.models import device, loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import proof, report
+from etude.runs import opening, proof
+from etude.runs.folder import CHECKPOINTS, METRICS
+from etude.runs.manifest import read_metrics
 from etude.training import checkpoints, rehearsal, trainer
 
 ROWS = [
@@ -61,7 +62,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     folder.mkdir(exist_ok=True)
     place = device.choose("float32", True)
     base = loading.load(settings.model.name, place)
-    renderer = run_folder.renderer_for(base, settings)
+    renderer = opening.renderer_for(base, settings)
     examples = {}
     for split, table in train_with_config.read_tables(settings).items():
         examples[split], _ = data.encode(table, renderer, settings.dataset, split)
@@ -70,7 +71,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     if prepare:
         prepare(model)
     results = train_with_config.fit(model, settings, place, examples, folder, checkpoint)
-    lines = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     return model, results, lines
 
 
@@ -117,7 +118,7 @@ def test_step_loss_is_transformers_own_over_the_supervised_tokens(tiny_model, fi
     )
     _, _, lines = fitted(settings, files / "run")
     base = loading.load(str(tiny_model), device.choose("float32", True))
-    renderer = run_folder.renderer_for(base, settings)
+    renderer = opening.renderer_for(base, settings)
     total = tokens = 0
     for row in ROWS:
         example = renderer.render(
@@ -152,7 +153,7 @@ def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(losses) == 8  # at steps 2, 4, ... and at the last, 15
     assert results["eval_loss"] == min(losses) < losses[-1]
-    renderer = run_folder.renderer_for(
+    renderer = opening.renderer_for(
         loading.load(str(tiny_model), device.choose("float32", True)), settings
     )
     table = data.read(settings.dataset.validation, settings.dataset)
@@ -226,7 +227,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
         "etude.engine.packing.why_not_packed", lambda *_: "so that ids stand together"
     )
     poisoned = poison_row(monkeypatch, what)
-    renderer = run_folder.renderer_for(
+    renderer = opening.renderer_for(
         loading.load(str(tiny_model), device.choose("float32", True)), settings
     )
     row = data.read(settings.dataset.train, settings.dataset).rows[7]
@@ -241,7 +242,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
     if what == "loss":
         assert f"{files}/train.jsonl:9" not in str(raised.value)
     if step > 1:
-        last, _ = checkpoints.newest(files / "run" / run_folder.CHECKPOINTS)
+        last, _ = checkpoints.newest(files / "run" / CHECKPOINTS)
         assert checkpoints.step_of(last) == step - 1
         weights = lora.read_weights(last)
         assert lora.digest(weights) == lora.digest(lora.state(kept["model"]))
@@ -253,7 +254,7 @@ def test_a_validation_or_proof_that_is_not_finite_names_its_rows(
 ):
     settings = settings_for(tiny_model, files, "training.max_steps=1", "training.warmup_steps=0")
     base = loading.load(str(tiny_model), device.choose("float32", True))
-    renderer = run_folder.renderer_for(base, settings)
+    renderer = opening.renderer_for(base, settings)
     table = data.read(settings.dataset.validation, settings.dataset)
     examples, _ = data.encode(table, renderer, settings.dataset, "validation")
     original = packing.token_losses
@@ -285,7 +286,7 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
     state = types.SimpleNamespace(is_world_process_zero=True, global_step=3)
     for norm in (0.5, math.inf, math.nan):
         recorder.on_log(None, state, None, {"loss": 1.0, "grad_norm": norm})
-    lines = (tmp_path / run_folder.METRICS).read_text().splitlines()
+    lines = (tmp_path / METRICS).read_text().splitlines()
     assert [json.loads(line)["grad_norm"] for line in lines] == [0.5, None, None]
 
 
@@ -358,7 +359,7 @@ class Killed(BaseException):
 
 
 def optimizer_of(folder):
-    checkpoint, passed_over = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+    checkpoint, passed_over = checkpoints.newest(folder / CHECKPOINTS)
     assert passed_over == []
     progress, tensors = checkpoints.load_state(checkpoint)
     return progress, tensors
@@ -411,7 +412,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypat
     for key in ("steps", "train_loss", "eval_loss"):
         assert again[key] == results[key]
     # Once more, from its end: nothing is left to do but to tidy up, and it is the same still.
-    leftover = folder / run_folder.CHECKPOINTS / ".unfinished-0123456789abcdef"
+    leftover = folder / CHECKPOINTS / ".unfinished-0123456789abcdef"
     leftover.mkdir()
     model, again, _ = fitted(settings, folder, resumed(folder))
     assert not leftover.exists()
@@ -421,24 +422,24 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypat
 
 def resumed(folder):
     """The checkpoint to go on from, and the log cut back to it, as the program does."""
-    checkpoint, _ = checkpoints.newest(folder / run_folder.CHECKPOINTS)
+    checkpoint, _ = checkpoints.newest(folder / CHECKPOINTS)
     if checkpoint:
         step = checkpoints.step_of(checkpoint)
-        kept = [x for x in report.read_metrics(folder / run_folder.METRICS) if x["step"] <= step]
-        (folder / run_folder.METRICS).write_text("".join(json.dumps(x) + "\n" for x in kept))
+        kept = [x for x in read_metrics(folder / METRICS) if x["step"] <= step]
+        (folder / METRICS).write_text("".join(json.dumps(x) + "\n" for x in kept))
     return checkpoint
 
 
 def test_a_checkpoint_of_another_shape_or_version(tiny_model, files, monkeypatch):
     settings = settings_for(tiny_model, files, "training.save_steps=1")
     fitted(settings, files / "run")
-    home = files / "run" / run_folder.CHECKPOINTS
+    home = files / "run" / CHECKPOINTS
     checkpoints.remove(home / "checkpoint-3")  # as if killed after the second of three steps
 
     def resume(name, *path, value=None):
         """Resume a copy with the value at `path` of a file replaced, its sum made right."""
         folder = shutil.copytree(files / "run", files / f"copy{len(list(files.iterdir()))}")
-        file = folder / run_folder.CHECKPOINTS / "checkpoint-2" / name
+        file = folder / CHECKPOINTS / "checkpoint-2" / name
         whole = inner = json.loads(file.read_text())
         for key in path[:-1]:
             inner = inner[key]
@@ -479,7 +480,7 @@ def test_what_a_checkpoint_holds_is_needed(tiny_model, files, monkeypatch, lost)
     whole, _, _ = fitted(settings, files / "whole")
     folder = files / "run"
     fitted(settings, folder)
-    home = folder / run_folder.CHECKPOINTS
+    home = folder / CHECKPOINTS
     middle = files / "middle"
     original = trainer.StepTrainer.training_step
 

@@ -14,8 +14,9 @@ from etude.conversation.renderer import Example
 from etude.engine import packing
 from etude.errors import UserError
 from etude.models import loading, lora
-from etude.runs import folder as run_folder
-from etude.runs import report
+from etude.runs import opening
+from etude.runs.folder import METRICS, PROOF, how_to_continue, write_file
+from etude.runs.manifest import Proof, read_form, read_metrics
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
 # Where the trainer measured no validation loss, so many examples are measured for the proof.
@@ -53,7 +54,7 @@ def expect(
         "quantization": settings.model.quantization,
         "loss": {"split": split, "data": fingerprints[split], "rows": rows, "value": loss},
     }
-    run_folder.write(folder, run_folder.PROOF, json.dumps(expected, indent=1, allow_nan=False))
+    write_file(folder, PROOF, json.dumps(expected, indent=1, allow_nan=False))
     return str(expected["sha256"])
 
 
@@ -106,7 +107,7 @@ def in_a_new_process(folder: Path) -> str:
     except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
         code = end.code if isinstance(end, SystemExit) else INTERRUPTED
         raise KeyboardInterrupt(
-            f"stopped during the proof, the last step of the training; {run_folder.go_on(folder)}",
+            f"stopped during the proof, the last step of the training; {how_to_continue(folder)}",
             code,
         ) from None
     if done.returncode == 0:
@@ -118,7 +119,7 @@ def in_a_new_process(folder: Path) -> str:
         )
     raise UserError(
         f"{folder}: the adapter was saved, but a new process could not prove that it lives, so the "
-        f"run is not finished: {problem:.2000}\nOnce that is fixed, {run_folder.go_on(folder)}"
+        f"run is not finished: {problem:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
     )
 
 
@@ -128,17 +129,17 @@ def read_expected(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: nothing was written, or it is damaged.
     """
-    if not (folder / run_folder.PROOF).is_file():
+    if not (folder / PROOF).is_file():
         raise UserError(
-            f"{folder}: no {run_folder.PROOF} here, so there is nothing to hold the adapter against; it is "
+            f"{folder}: no {PROOF} here, so there is nothing to hold the adapter against; it is "
             "written at the end of `etude train`"
         )
-    return run_folder.read_checked(folder / run_folder.PROOF, run_folder.Proof)
+    return read_form(folder / PROOF, Proof)
 
 
 def examine(
     name: str,
-    target: run_folder.Target,
+    target: opening.Target,
     expected: dict[str, Any],
     examples: Sequence[Example] | None,
 ) -> str:
@@ -197,7 +198,7 @@ def logits_difference(model: Any, ids: Sequence[int]) -> float:
 def compare_losses(
     name: str,
     model: Any,
-    target: run_folder.Target,
+    target: opening.Target,
     expected: dict[str, Any],
     examples: Sequence[Example],
 ) -> str:
@@ -292,7 +293,7 @@ def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
     """The losses in metrics.jsonl by step and kind (loss, eval_loss), in their order."""
     return {
         (line["step"], kind): line[kind]
-        for line in report.read_metrics(folder / run_folder.METRICS)
+        for line in read_metrics(folder / METRICS)
         for kind in ("loss", "eval_loss")
         if kind in line
     }

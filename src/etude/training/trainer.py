@@ -26,7 +26,7 @@ from etude.errors import UserError
 from etude.measure import metrics as measures
 from etude.models import loading, lora
 from etude.models.device import Device
-from etude.runs.folder import CHECKPOINTS, METRICS, record, started
+from etude.runs.folder import CHECKPOINTS, METRICS, read_started, record_file
 from etude.training import checkpoints
 
 log = logging.getLogger(__name__)
@@ -367,8 +367,8 @@ class StepTrainer(Trainer):
                 "random": values,
             }
             home = Path(str(self.args.output_dir))
-            if started(home.parent):
-                record(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
+            if read_started(home.parent):
+                record_file(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
             with checkpoints.writing(home / checkpoints.name(step)) as work:
                 lora.save(self.model, work)
                 self.state.save_to_json(str(work / TRAINER_STATE_NAME))
@@ -379,7 +379,7 @@ class StepTrainer(Trainer):
     def _retain(self) -> None:
         state, keep = self.state, self.args.save_total_limit or 1
         home = Path(str(self.args.output_dir))
-        facts = started(home.parent)
+        facts = read_started(home.parent)
         own = facts and [name.rpartition("/")[2] for name in facts["written"]]
         checkpoints.retain(home, state.global_step, keep, state.best_global_step, own)
 

@@ -1,0 +1,50 @@
+"""The pictures of a run: its losses, and the confusion matrices of its evaluations."""
+
+from pathlib import Path
+from typing import Any
+
+from etude.runs.manifest import read_metrics
+
+
+def loss_plot(metrics_file: Path, picture: Path) -> None:
+    """Draw training and validation loss (nats per supervised token) over steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics_file)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
+    """Draw a confusion matrix as a PNG: rows are the truth, columns the prediction, shares of a row."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    counts = np.array(result["confusion"])
+    size = len(result["columns"])
+    # scikit-learn draws squares: no row is truly "unparseable".
+    shares = np.zeros((size, size))
+    shares[: len(counts)] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    legible = size <= 30
+    side = 2 + 0.9 * size if legible else 12
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    # To matplotlib a dollar sign begins a formula.
+    labels = [name.replace("$", r"\$") for name in result["columns"]]
+    display = ConfusionMatrixDisplay(shares, display_labels=labels)
+    display.plot(
+        ax=axes, cmap="Blues", include_values=legible, values_format=".0%", xticks_rotation=30
+    )
+    if not legible:
+        axes.set(xticks=[], yticks=[])
+    axes.set_title(title.replace("$", r"\$"))
+    figure.savefig(picture, dpi=120)
