@@ -501,5 +501,5 @@ def test_a_card_can_be_read_whatever_the_names(name, folder, source):
 def test_a_plain_card_is_as_plain_as_before():
     text = card("Qwen/Qwen2-1.5B", "runs/a", "data/x.jsonl")
     assert text.startswith("---\nbase_model: Qwen/Qwen2-1.5B\nlibrary_name: peft\n")
-    assert "`etude chat runs/a` talks to it" in text
+    assert "`etude chat runs/a` chats with it" in text
     assert "| data | `data/x.jsonl`, 4 rows, format text |" in text

@@ -192,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"{folder} exists and is no folder; choose another") from None
-    if _holder(file) is None:
+    if file.is_symlink() or _holder(file) is None:
         raise UserError(
             f"{file} is not what Etude writes, and takes the name of its lock; move it elsewhere, or "
             f"choose another folder: {free_name(folder)}"
