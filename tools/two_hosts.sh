@@ -32,9 +32,9 @@ cd "$work"
 import json
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from etude import models
+from etude.models import loading
 
-tokenizer = AutoTokenizer.from_pretrained(models.locate(models.SAMPLE), local_files_only=True)
+tokenizer = AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE), local_files_only=True)
 torch.manual_seed(0)
 config = LlamaConfig(
     vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -74,7 +74,7 @@ echo "host 10.77.0.1 said:"; tail -n 3 one.log
 echo "host 10.77.0.2 said ($(wc -l < other.log) lines):"; cat other.log
 "$PYTHON" - <<'END'
 from pathlib import Path
-from etude import proof
+from etude.runs import proof
 
 first, second = proof.logged_losses(Path("alone")), proof.logged_losses(Path("shared"))
 assert first.keys() == second.keys() and len(first) == 21, (first, second)
