@@ -1,7 +1,8 @@
 """`etude train | evaluate | chat | ...`: the programs under one name."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,8 +13,8 @@ from etude.data import dataset as data
 from etude.errors import UserError, command
 from etude.files import expanded
 from etude.models import loading
-from etude.runs import opening, proof
-from etude.runs.folder import MANIFEST
+from etude.runs import comparison, listing, opening, proof
+from etude.runs.folder import MANIFEST, free_name, is_taken
 from etude.runs.manifest import current_environment, environment_differences, read_manifest
 
 app = typer.Typer(
@@ -123,6 +124,11 @@ def reproduce(
         raise UserError(f"{folder / MANIFEST}: its config is damaged: {error}") from None
     whole = folder.resolve()
     again = expanded(str(out)) if out else whole.with_name(f"{whole.name}-reproduced")
+    if is_taken(again):
+        raise UserError(
+            f"--out: {again} holds what is not an unfinished run, so it is not written to; give another "
+            f"folder: {command('--out', free_name(again))}"
+        )
     output = settings.output.model_copy(update={"dir": str(again)})
     settings = settings.model_copy(update={"output": output})
     elsewhere = environment_differences(manifest.get("environment", {}), current_environment())
@@ -142,8 +148,31 @@ def reproduce(
             "result", f"the same within {proof.REPEATED:.0%} of each loss, not bit for bit: {why}"
         )
         return
-    console.say("result", f"{again} is not {folder}; the figures stand above", "bold red")
+    console.say("result", f"{again} is not {folder}; the figures are above", "bold red")
     raise typer.Exit(1)
+
+
+@app.command()
+@console.command
+def runs(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FOLDER | RUN RUN]", help="a folder of runs (runs), or two runs"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the runs in a folder; or compare two runs: is the first better than the second?"""
+    paths = [expanded(name) for name in names or ["runs"]]
+    if len(paths) > 2:
+        raise UserError("command line: give one folder of runs, or two runs to compare")
+    if len(paths) == 2:
+        found: Any = comparison.compare(*paths)
+        blocks = comparison.tables(found, *paths)
+    else:
+        found = listing.list_runs(*paths)
+        blocks = listing.tables(found)
+    for block in [json.dumps(found, indent=1)] if as_json else blocks:
+        console.out.print(block)
 
 
 @app.command("version")

@@ -118,7 +118,7 @@ def in_a_new_process(folder: Path) -> str:
             f"the process was ended by signal {-done.returncode}, most likely for want of memory"
         )
     raise UserError(
-        f"{folder}: the adapter was saved, but a new process could not prove that it lives, so the "
+        f"{folder}: the adapter was saved, but a new process could not verify it, so the "
         f"run is not finished: {problem:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
     )
 
@@ -131,7 +131,7 @@ def read_expected(folder: Path) -> dict[str, Any]:
     """
     if not (folder / PROOF).is_file():
         raise UserError(
-            f"{folder}: no {PROOF} here, so there is nothing to hold the adapter against; it is "
+            f"{folder}: no {PROOF} here, so there is nothing to compare the adapter with; it is "
             "written at the end of `etude train`"
         )
     return read_form(folder / PROOF, Proof)

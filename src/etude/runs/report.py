@@ -1,4 +1,4 @@
-"""What a person reads of a training on the terminal, and the report of an evaluation."""
+"""Tables for the terminal, and the report of an evaluation: report.md, report.json, predictions.jsonl."""
 
 import itertools
 import json
@@ -15,12 +15,19 @@ from etude.data.dataset import Report, Row
 from etude.runs import markdown, plots
 
 
+def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """A table for the terminal, its columns after the first aligned to the right."""
+    table = Table(box=box.SIMPLE, title=title or None)
+    for name in head:
+        table.add_column(name, justify="left" if name == head[0] else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def data_table(reports: Sequence[Report]) -> Table:
     """What became of the rows of every split, a column each."""
-    table = Table("", box=box.SIMPLE)
-    for report in reports:
-        table.add_column(report.split, justify="right")
-    for name, numbers in {
+    figures = {
         "rows": [report.rows for report in reports],
         "kept": [report.kept for report in reports],
         "examples": [report.examples for report in reports],
@@ -30,22 +37,18 @@ def data_table(reports: Sequence[Report]) -> Table:
         "tokens lost": [report.lost for report in reports],
         "supervised": [report.supervised for report in reports],
         "longest": [report.longest for report in reports],
-    }.items():
-        table.add_row(name, *(f"{number:,}" for number in numbers))
-    return table
+    }
+    rows = [[name, *(f"{number:,}" for number in numbers)] for name, numbers in figures.items()]
+    return terminal_table(["", *(report.split for report in reports)], rows)
 
 
 def plan_table(rows: Sequence[tuple[str, int, str]]) -> Table:
     """What a training takes in memory, part by part."""
-    table = Table("memory", box=box.SIMPLE)
-    table.add_column("GB", justify="right")
-    table.add_column("")
-    for name, size, remark in rows:
-        table.add_row(name, f"{size / 1e9:.2f}", remark)
+    table = terminal_table(
+        ["memory", "GB", ""], [[name, f"{size / 1e9:.2f}", remark] for name, size, remark in rows]
+    )
+    table.columns[2].justify = "left"
     return table
-
-
-# --- evaluation ------------------------------------------------------------------------------
 
 
 def shown(figures: dict[str, Any]) -> dict[str, str]:
@@ -112,16 +115,20 @@ def verdict(result: dict[str, Any]) -> str:
     test = result.get("comparison")
     if not test:
         return ""
-    p_value = "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
     if "only_first_right" in test:
         return (
             f"On the same rows, tuned alone is right {test['only_second_right']} times and base alone "
-            f"{test['only_first_right']} times (McNemar's exact test: {p_value})."
+            f"{test['only_first_right']} times (McNemar's exact test: {p_value(test)})."
         )
     return (
         f"The reference is likelier under tuned in {test['second_likelier']} rows and under base in "
-        f"{test['first_likelier']} (Wilcoxon's signed-rank test: {p_value})."
+        f"{test['first_likelier']} (Wilcoxon's signed-rank test: {p_value(test)})."
     )
+
+
+def p_value(test: dict[str, Any]) -> str:
+    """The p-value of a paired test, as every report prints it."""
+    return "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
 
 
 def _confusion(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -144,19 +151,10 @@ def _classified(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     """What the terminal shows: the comparison, the confusion matrices, the verdict."""
-
-    def table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-        table = Table(head[0], box=box.SIMPLE, title=title)
-        for name in head[1:]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
-
     title = f"{result['target']} on {_measured_on(result)} of {result['data']['source']}"
-    blocks: list[Any] = [table(title, *summary(result))]
+    blocks: list[Any] = [terminal_table(*summary(result), title)]
     for name, figures in _classified(result).items():
-        blocks.append(table(f"confusion, {name}", *_confusion(figures)))
+        blocks.append(terminal_table(*_confusion(figures), f"confusion, {name}"))
     return [*blocks, verdict(result)] if verdict(result) else blocks
 
 

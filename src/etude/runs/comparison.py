@@ -1,0 +1,156 @@
+"""Two runs compared: which settings differ, their figures, and whether one is better than the other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from etude.config.loading import check_config, key_paths, value_at
+from etude.config.yaml import scalar
+from etude.errors import UserError, command
+from etude.measure import metrics
+from etude.runs.listing import TUNED, cell, describe, evaluations
+from etude.runs.manifest import read_manifest
+from etude.runs.report import p_value, shown, terminal_table
+
+LEVEL = 0.95  # of the intervals; a difference counts where chance alone makes it in 5 % of cases or less
+SAME_ROWS = ("sha256", "rows", "drawn", "format")
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Two runs side by side: "settings" that differ, "figures", each a pair, and the "answer" in a sentence.
+
+    The answer is of a paired test on the predictions of the newest evaluations of the same rows.
+
+    Raises:
+        UserError: one of them is not a finished run.
+    """
+    manifests = [read_manifest(folder) for folder in (first, second)]
+    configs = [check_config(manifest["config"], {}) for manifest in manifests]
+    settings = {key: [value_at(config, key) for config in configs] for key in key_paths()}
+    for split in ("train", "validation"):
+        sums = [manifest["data"].get(split, {}).get("sha256", "none") for manifest in manifests]
+        settings[f"{split} rows (SHA-256)"] = [f"{value:.12}" for value in sums]
+    rows = [describe(folder) for folder in (first, second)]
+    figures = {key: [row[key] for row in rows] for key in ("rows", "steps", "loss", "size")}
+    for (home, one), (other_home, other) in _same_rows(first, second):
+        test = paired_test(_predictions(home), _predictions(other_home))
+        if test:
+            measured = [shown(report["models"][TUNED]) for report in (one, other)]
+            figures |= {key: [value, measured[1].get(key)] for key, value in measured[0].items()}
+            answer = _answer(test, first, second)
+            break
+    else:
+        data = configs[0].dataset.test
+        option = [] if data and data == configs[1].dataset.test else ["--data", data or "FILE"]
+        runs = " and ".join(command("etude", "evaluate", run, *option) for run in (first, second))
+        answer = (
+            f"cannot tell: they were not evaluated on the same rows. Run {runs}, then this again"
+        )
+    return {
+        "settings": {
+            key: pair
+            for key, pair in settings.items()
+            if pair[0] != pair[1] and key != "output.dir"
+        },
+        "figures": figures,
+        "answer": f"Is {first} better than {second}? {answer[0].upper()}{answer[1:]}.",
+    }
+
+
+def tables(found: dict[str, Any], first: Path, second: Path) -> list[Any]:
+    """What the terminal shows of a comparison."""
+    names = [str(first), str(second)]
+    settings = [
+        [key, *(scalar(value) for value in pair)] for key, pair in found["settings"].items()
+    ]
+    figures = [[key, *map(cell, pair)] for key, pair in found["figures"].items()]
+    return [
+        terminal_table(["setting", *names], settings) if settings else "No setting differs.",
+        terminal_table(["figure", *names], figures),
+        found["answer"],
+    ]
+
+
+def _same_rows(first: Path, second: Path) -> list[tuple[Any, Any]]:
+    """The pairs of evaluations that may be of the same rows, the newest first."""
+    return [
+        (a, b)
+        for a in evaluations(first)
+        for b in evaluations(second)
+        if all(a[1]["data"].get(key) == b[1]["data"].get(key) for key in SAME_ROWS)
+        and all(TUNED in report["models"] for _, report in (a, b))
+    ]
+
+
+def _predictions(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's predictions.jsonl.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    file = folder / "predictions.jsonl"
+    try:
+        text = file.read_text(encoding="utf-8")
+        return [{TUNED: {}, **json.loads(line)} for line in text.split("\n") if line]
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read: {error}. Evaluate the run again: etude evaluate {folder.parent}"
+        ) from None
+
+
+def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """A paired test on two models' predictions of the same rows; None if they are of others.
+
+    Labels: the difference in accuracy, McNemar's exact test, and its interval by Clopper and Pearson's
+    for the share s of the d discordant rows that the first has right: (2 s - 1) d / n, which holds 0
+    just where the test finds nothing. Else: the difference in mean loss per row, negated so that more
+    is better, Wilcoxon's signed-rank test, and Student's interval of the mean.
+    """
+    from scipy import stats
+
+    keys = ("line", "text", "messages", "label")
+    if not first or [[a.get(k) for k in keys] for a in first] != [
+        [b.get(k) for k in keys] for b in second
+    ]:
+        return None
+    lines = [(a, a[TUNED], b[TUNED]) for a, b in zip(first, second, strict=True)]
+    count = len(lines)
+    if all("loss" in a and "loss" in b for _, a, b in lines):
+        better = [b["loss"] - a["loss"] for _, a, b in lines]
+        test: Any = metrics.paired_losses(
+            [a["loss"] for _, a, _ in lines], [b["loss"] for _, _, b in lines]
+        )
+        mean, error = sum(better) / count, stats.sem(better) if count > 1 else 0.0
+        low, high = stats.t.interval(LEVEL, count - 1, mean, error) if error else (mean, mean)
+        kind = "loss"
+    elif all("label" in line and "predicted" in a and "predicted" in b for line, a, b in lines):
+        truth = [line["label"] for line, _, _ in lines]
+        test = metrics.mcnemar(
+            truth, [a["predicted"] for _, a, _ in lines], [b["predicted"] for _, _, b in lines]
+        )
+        right, wrong = test["only_first_right"], test["only_second_right"]
+        share = (
+            stats.binomtest(right, right + wrong).proportion_ci(LEVEL)
+            if right + wrong
+            else (0.5, 0.5)
+        )
+        mean = (right - wrong) / count
+        low, high = ((2 * end - 1) * (right + wrong) / count for end in share)
+        kind = "accuracy"
+    else:
+        return None
+    return {**test, "kind": kind, "rows": count, "difference": mean, "low": low, "high": high}
+
+
+def _answer(test: dict[str, Any], first: Path, second: Path) -> str:
+    """Whether the first is better, with the difference, its interval and the p-value."""
+    sure = test["p_value"] <= 1 - LEVEL and not test["low"] <= 0 <= test["high"]
+    ahead = test["difference"] >= 0
+    word = ("yes" if ahead else "no") if sure else "cannot tell, it may be chance"
+    scale, unit = (100, "points") if test["kind"] == "accuracy" else (1, "nats per token")
+    ends = sorted(scale * test[end] * (1 if ahead else -1) for end in ("low", "difference", "high"))
+    low, difference, high = (f"{end:.1f}" if scale == 100 else f"{end:.4f}" for end in ends)
+    return (
+        f"{word}: on the same {test['rows']:,} rows the {test['kind']} of {first if ahead else second} is "
+        f"better by {difference} {unit} ({LEVEL:.0%} interval {low} to {high}; {p_value(test)})"
+    )
