@@ -24,11 +24,10 @@ statement each note was accepted for, so that changed code never keeps old notes
 
 import argparse
 import difflib
-import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote
@@ -61,6 +60,7 @@ STRICT = ["main.py", "train_with_config.py", "evaluation.py", "chat.py", "config
 ALMOST = re.compile(r"\s*#+\s*(what|why|how|benefits?|trade-?offs?)\s*:", re.IGNORECASE)
 MISPLACED = "the note does not stand directly under a whole statement; move it there"
 SYNC = "run: python tools/notes.py sync"
+ACCEPT = "python tools/notes.py accept"
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -116,10 +116,10 @@ def write_lock(root: Path, name: str, lines: Iterable[str]) -> None:
 
 def check_page(page: Page, lock: set[str], source: str) -> list[Fault]:
     """Every fault of one page but its links', in the order of its lines."""
-    faults = code_faults(page, source)
+    faults = list(code_faults(page, source))
     if not faults:  # else what stands under its statements is beside the point
-        faults = note_faults(page) + lock_faults(page, lock)
-    return sorted(outline_faults(page) + faults, key=lambda fault: fault.at)
+        faults = [*note_faults(page), *lock_faults(page, lock)]
+    return sorted([*outline_faults(page), *faults], key=lambda fault: fault.at)
 
 
 def title(file: str) -> str:
@@ -127,53 +127,48 @@ def title(file: str) -> str:
     return f"# {name_of(file)} - Comprehensive Documentation\n"
 
 
-def outline_faults(page: Page) -> list[Fault]:
+def outline_faults(page: Page) -> Iterator[Fault]:
     """Title, sections and what is still to be written or moved."""
-    faults = []
     if page.lines[0] != title(page.file):
-        faults.append(page.fault(0, f'the title is not "{title(page.file).rstrip()}"; write that'))
+        yield page.fault(0, f'the title is not "{title(page.file).rstrip()}"; write that')
     found = [h.text for h in page.headings if h.level == 2 and h.text in SECTIONS]
     if found != SECTIONS:
-        missing = [name for name in SECTIONS if name not in found]
-        wrong = f"without {', '.join(missing)}" if missing else f"in the order {', '.join(found)}"
-        faults.append(page.fault(0, f"the sections are {wrong}; write {', '.join(SECTIONS)}"))
+        names = ", ".join(SECTIONS)
+        yield page.fault(0, f"the sections are {', '.join(found)}; they must be {names}")
     for heading in page.headings:
         if heading.text == ORPHANS:
-            faults.append(page.fault(heading.line, "notes whose code is gone; move what still holds "
-                                     "under its statement, then delete this section"))  # fmt: skip
+            yield page.fault(heading.line, "notes whose code is gone; move what still holds "
+                             "under its statement, then delete this section")  # fmt: skip
     for at, line in enumerate(page.lines):
         if line.startswith("TODO") and not any(f.first < at < f.last for f in page.fences):
-            faults.append(page.fault(at, "still to be written; write it and delete the TODO"))
-    return faults
+            yield page.fault(at, "still to be written; write it and delete the TODO")
 
 
-def code_faults(page: Page, source: str) -> list[Fault]:
+def code_faults(page: Page, source: str) -> Iterator[Fault]:
     """The first difference between the page's code and the file."""
     true = split(source)
-    if page.code == true:
-        return []
-    pairs = zip_longest(page.code, true)
-    number = next(number for number, (mine, other) in enumerate(pairs) if mine != other)
-    at = page.where[number] if number < len(page.where) else page.held.last
-    wrong = f"is {true[number].rstrip()!r}" if number < len(true) else "is behind its end"
-    return [page.fault(at, f"the code is not that of {page.file}, whose line {number + 1} {wrong:.70}; "
-                       f"{SYNC} {page_of(page.file)}")]  # fmt: skip
+    for number, (mine, other) in enumerate(zip_longest(page.code, true)):
+        if mine != other:
+            at = page.where[number] if number < len(page.where) else page.held.last
+            wrong = f"is {other.rstrip()!r:.70}" if number < len(true) else "is behind its end"
+            yield page.fault(at, f"the code is not that of {page.file}, whose line {number + 1} "
+                             f"{wrong}; {SYNC} {page_of(page.file)}")  # fmt: skip
+            break
 
 
-def note_faults(page: Page) -> list[Fault]:
+def note_faults(page: Page) -> Iterator[Fault]:
     """Notes in the wrong place or form, and statements without the notes they must have."""
-    faults = [page.fault(at, MISPLACED) for at in page.misplaced]
+    yield from (page.fault(at, MISPLACED) for at in page.misplaced)
     for number, lines in page.noted.items():
         indent = page.statements[number].indent
         for at in lines:
             if not re.match(rf"{indent}# [A-Z-]+: \S", page.lines[at]):
-                faults.append(page.fault(at, "write the note as `# WHAT: text`, behind as many "
-                                         f"blanks as its statement, {len(indent)}"))  # fmt: skip
+                yield page.fault(at, "write the note as `# WHAT: text`, behind as many blanks as "
+                                 f"its statement, {len(indent)}")  # fmt: skip
     for number, kinds in lacking(page).items():
         item = page.statements[number]
-        faults.append(page.fault(page.where[item.first], f"no {kinds} for {item.text!r:.70}; "
-                                 f"write it under line {page.where[item.last] + 1}"))  # fmt: skip
-    return faults
+        yield page.fault(page.where[item.first], f"no {kinds} for {item.text!r:.70}; "
+                         f"write it under line {page.where[item.last] + 1}")  # fmt: skip
 
 
 def lacking(page: Page) -> dict[int, str]:
@@ -192,15 +187,13 @@ def lacking(page: Page) -> dict[int, str]:
     return lacks
 
 
-def lock_faults(page: Page, lock: set[str]) -> list[Fault]:
+def lock_faults(page: Page, lock: set[str]) -> Iterator[Fault]:
     """Statements whose notes were accepted for another statement, or not yet."""
-    name, faults = page_of(page.file), []
     for number, key in keys(page.statements, page.noted).items():
         if key not in lock:
             at = page.where[page.statements[number].first]
-            faults.append(page.fault(at, "the statement is new or changed since its notes were accepted; "
-                                     f"read them, then run: python tools/notes.py accept {name}:{at + 1}"))  # fmt: skip
-    return faults
+            yield page.fault(at, "the statement is new or changed since its notes were accepted; read "
+                             f"them, then run: {ACCEPT} {page_of(page.file)}:{at + 1}")  # fmt: skip
 
 
 def anchors(place: str, text: str) -> set[str]:
@@ -210,27 +203,24 @@ def anchors(place: str, text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
 
-def link_faults(root: Path, path: Path) -> list[Fault]:
+def link_faults(root: Path, path: Path) -> Iterator[Fault]:
     """Relative links of a Markdown file that lead nowhere."""
     place = str(path.relative_to(root))
     lines, _, fences = read_markdown(place, read(path))
-    faults = []
     for at, line in enumerate(lines):
-        plain = re.sub(r"(`+).+?\1", "", line)
-        links = re.findall(r"\]\(<?([^)\s>]+)", plain)
+        links = re.findall(r"\]\(<?([^)\s>]+)", re.sub(r"(`+).+?\1", "", line))
         for link in links if not any(f.first < at < f.last for f in fences) else []:
             file, _, anchor = unquote(link).partition("#")
             target = path.parent / file if file else path
             if re.match(r"[a-z]+:", file):
                 continue
             if not target.exists():
-                faults.append(Fault(place, at, f"there is no {file}; link to a file that is there"))
+                yield Fault(place, at, f"there is no {file}; link to a file that is there")
             elif anchor and target.suffix == ".md":
                 known = anchors(file, read(target))
                 if anchor not in known:
-                    wrong = f"there is no #{anchor} in {target.name}; nearest is #"
-                    faults.append(Fault(place, at, wrong + nearest(anchor, known)))
-    return faults
+                    near = nearest(anchor, known)
+                    yield Fault(place, at, f"no #{anchor} in {target.name}; nearest is #{near}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -251,26 +241,18 @@ def check(root: Path, files: dict[str, str], names: Iterable[str]) -> list[Fault
         except Fault as fault:
             faults.append(fault)
     known = pages | {folder / "README.md"} | {lock_path(root, name) for name in files}
-    for path in sorted({*folder.glob("*.md"), *folder.glob(".lock/*")} - known):
-        if not names:
-            wrong = "belongs to no code file; rename or delete it"
-            faults.append(Fault(str(path.relative_to(root)), 0, wrong))
-    return faults
+    strays = {*folder.glob("*.md"), *folder.glob(".lock/*")} - known if not names else set()
+    wrong = "belongs to no code file; rename or delete it"
+    return faults + [Fault(str(path.relative_to(root)), 0, wrong) for path in sorted(strays)]
 
 
 # --- sync and accept ------------------------------------------------------------------------------
 
 
-@functools.cache
-def words(text: str) -> Counter[str]:
-    """The words and signs of a statement."""
-    return Counter(re.findall(r"\w+|[^\w\s]", text))
-
-
 def likeness(one: str, other: str) -> float:
     """How much of two statements' words and signs is the same, from 0 to 1."""
-    both, total = words(one) & words(other), words(one) + words(other)
-    return 2 * both.total() / total.total()
+    a, b = (Counter(re.findall(r"\w+|[^\w\s]", text)) for text in (one, other))
+    return 2 * (a & b).total() / (a + b).total()
 
 
 def subject(text: str) -> str | None:
@@ -298,7 +280,7 @@ def renamed(old: Sequence[Statement], new: Sequence[Statement]) -> list[Statemen
 
 
 def carry(
-    old: Sequence[Statement], new: Sequence[Statement], noted: Iterable[int]
+    old: Sequence[Statement], new: Sequence[Statement], noted: Collection[int]
 ) -> dict[int, int]:
     """Each old statement with notes, and where it has one the new statement that it became.
 
@@ -308,17 +290,19 @@ def carry(
     """
     mine, theirs = [(s.scope, s.text) for s in old], [(s.scope, s.text) for s in new]
     pairs = aligned(mine, theirs)
-    free = [j for j in range(len(new)) if j not in set(pairs.values())]
-    wanted = [i for i in noted if i not in pairs]
-    for i in dict.fromkeys([*wanted, *range(len(old))]):
-        moved = next((j for j in free if theirs[j] == mine[i]), None) if i not in pairs else None
+    taken = {pairs[i] for i in noted if i in pairs}
+    for i in [i for i in noted if i not in pairs]:
+        moved = next((j for j in range(len(new)) if theirs[j] == mine[i] and j not in taken), None)
         if moved is not None:
             pairs[i] = moved
-            free.remove(moved)
+            taken.add(moved)
+    free = [j for j in range(len(new)) if j not in set(pairs.values())]
+    for i in [i for i in range(len(old)) if i not in noted and i not in pairs]:
+        free = [j for j in free if theirs[j] != mine[i]]  # code without notes that moved
     ends = pairs | {-1: -1, len(old): len(new)}
     for same_scope, least in ((True, 0.5), (False, 0.75)):
         scores = []
-        for i in (i for i in wanted if i not in pairs):
+        for i in (i for i in noted if i not in pairs):
             for j in (j for j in free if same_scope == (old[i].scope == new[j].scope)):
                 score = likeness(old[i].text, new[j].text)
                 if same_scope:
@@ -349,6 +333,9 @@ def sync(root: Path, files: dict[str, str], names: Iterable[str]) -> None:
         accepted |= {len(old) + number for number, key in found.items() if key in lock}
         noted |= {len(old) + number: page.notes(number) for number in page.noted}
         old += page.statements
+        for item, notes in orphans(page):
+            noted[len(old)] = notes
+            old.append(item)
     new = [item for page, source in loaded for item in statements(page.file, source)]
     old = renamed(old, new)
     pairs = carry(old, new, noted)
@@ -369,6 +356,24 @@ def sync(root: Path, files: dict[str, str], names: Iterable[str]) -> None:
         if gone or len(kept) < len(found):
             print(f"{FOLDER}/{name}: {len(found) - len(kept)} statements whose notes are to be read, "
                   f"{len(gone)} that are gone; run: python tools/notes.py check {name}")  # fmt: skip
+
+
+def orphaned(page: Page) -> int:
+    """The line where a page's section for notes without code begins, with the blank line above."""
+    starts = [heading.line - 1 for heading in page.headings if heading.text == ORPHANS]
+    return min(starts, default=len(page.lines))
+
+
+def orphans(page: Page) -> list[tuple[Statement, list[str]]]:
+    """The statements and notes of that section, as rewritten() writes them."""
+    found = []
+    for fence in [fence for fence in page.fences if fence.first > orphaned(page)]:
+        block = page.lines[fence.first + 1 : fence.last]
+        text = "".join(line for line in block if not NOTE.match(line)).rstrip()
+        scope = page.lines[fence.first - 2].partition("`")[2].partition("`")[0]
+        item = Statement(0, 0, "", text, "" if scope == page.file else scope, file=page.file)
+        found.append((item, [line for line in block if NOTE.match(line)]))
+    return found
 
 
 def skeleton(file: str) -> str:
@@ -395,8 +400,8 @@ def rewritten(page: Page, body: list[str], gone: list[tuple[Statement, list[str]
     """A page with other code and notes in its block, and the notes of code that is gone at its end."""
     language, fence = page.held.language, ticks(*body)
     parts = [title(page.file), *page.lines[1 : page.held.first], f"{fence}{language}\n", *body]
-    parts += [f"{fence}\n", *page.lines[page.held.last + 1 :]]
-    if gone and ORPHANS not in [heading.text for heading in page.headings]:
+    parts += [f"{fence}\n", *page.lines[page.held.last + 1 : orphaned(page)]]
+    if gone:
         parts.append(f"\n## {ORPHANS}\n\nTheir code is gone. Move what still holds under its "
                      "statement, then delete this section.\n")  # fmt: skip
     for item, notes in gone:
@@ -417,8 +422,8 @@ def accept(root: Path, name: str, file: str, line: int | None) -> None:
         found = {n: key for n, key in found.items() if starts[n] <= line <= page.noted[n][-1] + 1}
         if not found:
             raise page.fault(line - 1, "here is no statement with notes")
-    here = set(keys(page.statements, page.noted).values())
-    write_lock(root, name, here & lock.union(found.values()))
+    lock |= set(found.values())
+    write_lock(root, name, lock.intersection(keys(page.statements, page.noted).values()))
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -426,11 +431,9 @@ def accept(root: Path, name: str, file: str, line: int | None) -> None:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["check", "sync", "accept"])
-    parser.add_argument("names", nargs="*", metavar="PAGE")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", choices=["check", "sync", "accept"], help=f"see {__file__}")
+    parser.add_argument("names", nargs="*", metavar="PAGE", help="accept has PAGE:LINE, too")
     options = parser.parse_args(arguments)
     files = code_files(root)
     asked: list[tuple[str, int | None]] = []

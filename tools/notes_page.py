@@ -1,5 +1,6 @@
 """Reading a page of COMMENTED_CODE/: its code, cut into statements, and their notes (see notes.py)."""
 
+import bisect
 import hashlib
 import io
 import re
@@ -198,15 +199,10 @@ def read_page(file: str, text: str) -> Page:
     blocks = [f for f in fences if start < f.first < end and f.language == language]
     if len(blocks) != 1:
         wrong = f'"## {CODE_SECTION}" must have one ```{language} block, of all the code'
-        raise Fault(place, start % len(lines), wrong)
-    code: list[str] = []
-    where, notes = [], []
-    for at in range(blocks[0].first + 1, blocks[0].last):
-        if NOTE.match(lines[at]):
-            notes.append((len(code) - 1, at))
-        else:
-            code.append(lines[at])
-            where.append(at)
+        raise Fault(place, start if start < len(lines) else 0, wrong)
+    body = range(blocks[0].first + 1, blocks[0].last)
+    where = [at for at in body if not NOTE.match(lines[at])]
+    code = [lines[at] for at in where]
     try:
         found = statements(file, "".join(code))
     except (tokenize.TokenError, SyntaxError) as error:
@@ -215,7 +211,8 @@ def read_page(file: str, text: str) -> Page:
     ends = {item.last: number for number, item in enumerate(found)}
     noted: dict[int, list[int]] = {}
     misplaced = []
-    for above, at in notes:
+    for at in [at for at in body if NOTE.match(lines[at])]:
+        above = bisect.bisect(where, at) - 1
         if above in ends:
             noted.setdefault(ends[above], []).append(at)
         else:

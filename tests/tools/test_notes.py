@@ -237,8 +237,8 @@ def test_title_sections_and_fences():
     assert faults(FILE, text, source) == []
     for old, new, wrong in [
         ("# x.py -", "# y.py -", "the title is not"),
-        ("## Benefits", "## Benefit", "the sections are without Benefits"),
-        ("## Trade-offs", "## Benefits", "the sections are without Trade-offs"),
+        ("## Benefits", "## Benefit", "the sections are Overview, Trade-offs,"),
+        ("## Trade-offs", "## Benefits", "the sections are Overview, Benefits, Benefits,"),
         ("Some prose.", "TODO: later", "still to be written"),
         ("## Related Files", "## Orphaned notes\n\nx\n\n## Related Files", "code is gone"),
         ("## Requirements", "`````python\nopen", "never closed"),
@@ -253,7 +253,7 @@ def test_title_sections_and_fences():
         assert any(wrong in fault for fault in found), (wrong, found)
     swapped = text.replace("## Overview", "## X").replace("## Benefits", "## Overview")
     (fault,) = faults(FILE, swapped.replace("## X", "## Benefits"), source)
-    assert "in the order Benefits, Overview, Trade-offs" in fault
+    assert "the sections are Benefits, Overview, Trade-offs" in fault
     fenced = text.replace("Some prose.", "```text\nTODO: x\n## Orphaned notes\n```")
     assert faults(FILE, fenced, source) == []
 
@@ -425,6 +425,17 @@ def test_pages_synced_together_exchange_the_notes_of_code_that_moved(small, caps
     assert small.run("check", "x.py.md", "y.py.md") == 1
     found = capsys.readouterr().out.splitlines()  # notes in another file are to be read
     assert ["y.py.md" in fault and "new or changed" in fault for fault in found] == [True, True]
+
+
+def test_sync_finds_a_place_for_notes_whose_code_went_to_another_file_before(small, capsys):
+    above, _, below = SMALL.partition("\n\n\n")
+    synced(small, f"{above}\n", capsys)
+    small.add("src/etude/y.py", "z = 1\n")
+    small.change(f"z = 1\n\n\n{below}", "src/etude/y.py")
+    assert small.run("sync", "y.py.md") == 0  # the code is there now, without notes
+    assert small.run("sync", "x.py.md", "y.py.md") == 0
+    assert small.page().read_text() == page(FILE, f"{above}\n")
+    assert "    return x\n    # WHAT: what of 4.\n" in small.page("src/etude/y.py").read_text()
 
 
 def test_sync_refuses_what_it_would_lose(small, capsys):
