@@ -7,7 +7,7 @@ from typing import Any
 from etude.config.loading import check_config, key_paths, value_at
 from etude.config.yaml import scalar
 from etude.errors import UserError, command
-from etude.measure import metrics
+from etude.measure import intervals
 from etude.runs.listing import TUNED, cell, describe, evaluations
 from etude.runs.manifest import read_manifest
 from etude.runs.report import p_value, shown, terminal_table
@@ -117,7 +117,7 @@ def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> di
     count = len(lines)
     if all("loss" in a and "loss" in b for _, a, b in lines):
         better = [b["loss"] - a["loss"] for _, a, b in lines]
-        test: Any = metrics.paired_losses(
+        test: Any = intervals.paired_losses(
             [a["loss"] for _, a, _ in lines], [b["loss"] for _, _, b in lines]
         )
         mean, error = sum(better) / count, stats.sem(better) if count > 1 else 0.0
@@ -125,7 +125,7 @@ def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> di
         kind = "loss"
     elif all("label" in line and "predicted" in a and "predicted" in b for line, a, b in lines):
         truth = [line["label"] for line, _, _ in lines]
-        test = metrics.mcnemar(
+        test = intervals.mcnemar(
             truth, [a["predicted"] for _, a, _ in lines], [b["predicted"] for _, _, b in lines]
         )
         right, wrong = test["only_first_right"], test["only_second_right"]
