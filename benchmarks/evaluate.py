@@ -24,10 +24,10 @@ TEST = "data/tweets_sentiment.test.jsonl"
 
 def score_etude(target: Any, prompts: list[Any], labels: list[str]) -> list[list[float]]:
     """As `etude evaluate` does."""
-    from etude.measure import likelihood
+    from etude import evaluation
 
-    return likelihood.label_log_likelihoods(
-        target.base.model, target.renderer, prompts, labels, target.config
+    return evaluation.label_log_likelihoods(
+        target.base.model, target.renderer, prompts, labels, target.config, "benchmark"
     )
 
 

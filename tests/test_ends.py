@@ -277,13 +277,13 @@ def test_ctrl_c_while_the_programs_are_imported_is_quiet(monkeypatch):
 
 PRINTS = """
 import sys
-from etude import terminal
+from etude import console
 
-@terminal.command
+@console.command
 def main():
     for _ in range(3):
-        terminal.say("line", "x" * 100_000)
-        terminal.err.print("also")
+        console.say("line", "x" * 100_000)
+        console.err.print("also")
         print("y" * 100_000)
     with open(sys.argv[1], "x") as stream:
         stream.write(f"{stream.fileno()}")

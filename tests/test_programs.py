@@ -283,8 +283,8 @@ def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):
     assert "the Hub cannot be reached" in result.output
     assert "2,880 rows, format classification, labels negative, neutral, positive" in result.output
     # The validation is cut from train: its columns are those of train, told once, with its rows.
-    assert "train: columns unused: rating (3,200)" in result.output
-    assert result.output.count("columns unused") == 1
+    assert "train: unused columns: rating (3,200)" in result.output
+    assert result.output.count("unused columns") == 1
     result = etude("validate", "config.yml", "dataset.columns={text: rating}", "lora.rr=4")
     assert result.exit_code == 2
     assert "lora.r" in result.output

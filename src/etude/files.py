@@ -46,44 +46,29 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write `file` whole or not at all, in place of what has its name; a link itself is replaced."""
+def write_text(file: Path, text: str, new: bool = False) -> None:
+    """Write `file` whole or not at all, as `put` does."""
     with scratch(file.parent) as work:
         (work / file.name).write_bytes(text.encode())
-        replace(work / file.name, file)
+        put(work / file.name, file, new)
 
 
-def write_new(file: Path, content: bytes) -> None:
-    """Write `file` whole or not at all.
-
-    Raises:
-        FileExistsError: something has its name, be it a link that leads nowhere; it stays as it is.
-    """
-    with scratch(file.parent) as work:
-        (work / file.name).write_bytes(content)
-        place(work / file.name, file)
-
-
-def replace(work: Path, file: Path) -> None:
-    """Give the finished file `work` the name `file`, in place of what has it, once it is on the disk."""
-    flush(work)
-    work.replace(file)
-    flush(file.parent)
-
-
-def place(work: Path, file: Path) -> None:
-    """Give the finished file `work` the name `file`, which must be free.
+def put(work: Path, file: Path, new: bool = False) -> None:
+    """Give the finished file `work` the name `file`: in place of what has it, a link too, or over nothing.
 
     Raises:
-        FileExistsError: it is not.
+        FileExistsError: `new`, and something has that name, be it a link that leads nowhere.
     """
     flush(work)
-    try:
-        os.link(work, file)
-    except OSError as error:  # the name is taken, or the file system has no hard links
-        if os.path.lexists(file):
-            raise FileExistsError(errno.EEXIST, "File exists", str(file)) from error
-        work.rename(file)
+    if not new:
+        work.replace(file)
+    else:
+        try:
+            os.link(work, file)
+        except OSError as error:  # the name is taken, or the file system has no hard links
+            if os.path.lexists(file):
+                raise FileExistsError(errno.EEXIST, "File exists", str(file)) from error
+            work.rename(file)
     flush(file.parent)
 
 

@@ -55,7 +55,6 @@ from etude.runs.folder import (
 )
 from etude.runs.manifest import (
     Started,
-    check_base,
     current_environment,
     date_of,
     environment_differences,
@@ -174,7 +173,7 @@ def _train_in(
         outline,
     )
     if again:
-        check_base("the run to repeat", again, base)
+        lora.check_base("the run to repeat", again["base"]["identity"], base.identity)
     console.say("model", f"{base.name} ({base.identity[:19]})")
 
     import transformers
@@ -426,48 +425,14 @@ def start_folder(
 
 
 def read_tables(settings: Config) -> dict[str, data.Table]:
-    """The training and, if any, validation rows; the test set is looked at only for rows it shares.
+    """The training and, if any, validation rows; prints what was found in reading them.
 
     Raises:
         UserError: data that cannot be used.
     """
-    dataset, seed = settings.dataset, settings.training.seed
-    # Drawn before the validation is cut off, so that both shrink alike.
-    table = data.sample(data.read(dataset.train, dataset), dataset.max_rows, seed)
-    labelled = dataset.model_copy(update={"labels": table.labels})
-    others = {
-        name: data.read(source, labelled)
-        for name, source in (("validation", dataset.validation), ("test", dataset.test))
-        if source
-    }
-    for name, other in others.items():
-        if other.format != table.format:
-            raise UserError(
-                f"dataset.{name}: {other.source} has format {other.format}, and {table.source} {table.format}; "
-                "all splits must have one"
-            )
-        shared = data.overlap(table, other, name)
-        if shared:
-            console.notice(shared)
-    tables = {"train": table}
-    if "validation" in others:
-        tables["validation"] = others["validation"]
-    else:
-        train_part, validation = data.split_rows(table, dataset.validation_split, seed)
-        tables = {"train": train_part} | ({"validation": validation} if validation else {})
-    if dataset.validation_split and "validation" not in tables:
-        console.notice("no validation: there are too few different rows to cut one from train")
-    for name, read in (("train", table), *others.items()):
-        # The dropped rows of the other splits are in their reports.
-        for notice in read.notices + (read.drops(name) if name == "test" else []):
-            console.notice(f"{name}: {notice.removeprefix(f'{name}: ')}")
-    # As read: what is cut from train has the columns of all its rows.
-    for name, used in (("train", table), ("validation", others.get("validation"))):
-        if used and used.unused:
-            columns = ", ".join(
-                f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
-            )
-            console.notice(f"{name}: columns unused: {columns}")
+    tables, notices = data.read_splits(settings.dataset, settings.training.seed)
+    for notice in notices:
+        console.notice(notice)
     return tables
 
 

@@ -8,14 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etude import train_with_config
+from etude import evaluation, train_with_config
 from etude.config.loading import key_paths, load_config
 from etude.data import dataset as data
 from etude.engine import generation
 from etude.errors import UserError
-from etude.measure import labels as class_labels
-from etude.measure import responses
-from etude.model import read_table
 from etude.models import device, loading, lora
 from etude.runs import opening
 from etude.training import trainer
@@ -135,7 +132,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return done, kinds
 
     def tested(config):
-        table = read_table(config, None)
+        table = evaluation.read_table(config, None)
         return [row.line for row in table.rows]
 
     def method(config):
@@ -148,21 +145,21 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
 
             return record
 
-        table = read_table(config, None)
+        table = evaluation.read_table(config, None)
         count = len(table.rows)
         answers = [generation.Response("a", 1, True)] * count
         monkeypatch.setattr(
-            class_labels, "label_log_likelihoods", spy("likelihood", [[0.0, 1.0]] * count)
+            evaluation, "label_log_likelihoods", spy("likelihood", [[0.0, 1.0]] * count)
         )
-        monkeypatch.setattr(class_labels, "respond", spy("generate", answers))
-        monkeypatch.setattr(class_labels, "check_window", lambda *_: None)
-        result = class_labels.measure_labels(None, None, table, config)
+        monkeypatch.setattr(evaluation, "respond", spy("generate", answers))
+        monkeypatch.setattr(evaluation, "refuse_beyond_window", lambda *_: None)
+        result = evaluation.measure_labels(None, None, table, config, "model")
         return calls, result["intervals"]
 
     def judged(config):
         # Middling: a good form, but a refusal.
         response = generation.Response("I'm sorry, but I cannot say what tea is made of.", 9, True)
-        return responses.judge("What is tea made of?", response, config)
+        return evaluation.judge("What is tea made of?", response, config)
 
     def batches(config):
         sizes = []
@@ -175,7 +172,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         renderer = opening.renderer_for(base(config), config)
         prompts = [[{"role": "user", "content": f"q{n}"}] for n in range(20)]
         model = types.SimpleNamespace(config=None)
-        responses.respond(model, renderer, prompts, config, ["x:1"] * len(prompts))
+        evaluation.respond(model, renderer, prompts, config, "model", ["x:1"] * len(prompts))
         return sizes
 
     def sampled(config):

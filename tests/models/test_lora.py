@@ -342,9 +342,9 @@ def fuzzed(base, tmp_path_factory):
 
 def test_an_adapter_carries_its_base_wherever_it_is_copied(model, tmp_path):
     lora.save(lora.attach(model, SMALL, "tiny", "sha256:1"), tmp_path)
-    lora.check_base(tmp_path, "sha256:1")
+    lora.check_base("x", lora.describe(tmp_path).revision, "sha256:1")
     with pytest.raises(UserError, match=r"trained on another base \(sha256:1\) than .*sha256:2"):
-        lora.check_base(tmp_path, "sha256:2")
+        lora.check_base("x", lora.describe(tmp_path).revision, "sha256:2")
     commit = "a" * 40
     for revision, identity, fits in (
         (commit, f"commit:{commit}", True),
@@ -355,7 +355,7 @@ def test_an_adapter_carries_its_base_wherever_it_is_copied(model, tmp_path):
     ):
         reconfigure(tmp_path, revision=revision)
         with contextlib.nullcontext() if fits else pytest.raises(UserError):
-            lora.check_base(tmp_path, identity)
+            lora.check_base("x", lora.describe(tmp_path).revision, identity)
 
 
 def test_weights_in_16_bits_are_read_as_peft_reads_them(base, saved):

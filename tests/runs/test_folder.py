@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from etude import chat, files, train_with_config
+from etude import chat, evaluation, files, train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
@@ -23,7 +23,7 @@ from etude.conversation import history
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import evaluations, opening, plots, proof, report
+from etude.runs import opening, plots, proof, report
 from etude.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -189,7 +189,7 @@ def train(folder, **options):
 
 
 def evaluate(folder, out=None):
-    with evaluations.report_folder(str(folder), out) as home:
+    with evaluation.report_folder(str(folder), out) as home:
         report.write_evaluation(RESULT, {}, [], home)
     return home
 
@@ -459,7 +459,7 @@ def test_out_with_something_in_it_is_refused(tmp_path, name):
 
 def test_two_evaluations_at_once_take_two_folders(tmp_path):
     (tmp_path / lora.ADAPTER_CONFIG).write_text("{}")
-    first, second = (evaluations.report_folder(str(tmp_path), None) for _ in range(2))
+    first, second = (evaluation.report_folder(str(tmp_path), None) for _ in range(2))
     with first as one, second as two:
         assert (one.name, two.name) == ("evaluation", "evaluation-2")
         with pytest.raises(Busy, match=f"being written by process {os.getpid()} on .* since 20"):
@@ -470,14 +470,15 @@ def test_two_evaluations_at_once_take_two_folders(tmp_path):
 
 
 def test_a_report_is_whole_or_not_at_all_and_ends_with_its_figures(tmp_path, monkeypatch):
-    placed, original = [], files.place
+    placed, original = [], files.put
 
-    def place(work, file):
+    def put(work, file, new=False):
+        assert new
         placed.append(file.name)
-        original(work, file)
+        original(work, file, new)
 
     result = {"models": {"tuned": {"kind": "classification", "accuracy": 1.0}}}
-    monkeypatch.setattr(files, "place", place)
+    monkeypatch.setattr(files, "put", put)
     report.write_evaluation(result, {}, [], tmp_path)
     assert placed == ["predictions.jsonl", "confusion-tuned.png", "report.md", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(placed)
@@ -522,7 +523,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "evaluate --out": lambda folder: evaluate("model", folder),
     "save": lambda folder: history.save(history.Conversation(), folder),
-    "init": lambda folder: files.write_new(folder / CONFIG, b"model:\n"),
+    "init": lambda folder: files.write_text(folder / CONFIG, "model:\n", new=True),
 }
 
 
@@ -718,9 +719,9 @@ def test_writes_replace_links_themselves_have_the_usual_mode_and_never_meet(tmp_
     monkeypatch.setattr(
         os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links"))
     )
-    files.write_new(tmp_path / "new", b"new")
+    files.write_text(tmp_path / "new", "new", new=True)
     with pytest.raises(FileExistsError):
-        files.write_new(tmp_path / "new", b"other")
+        files.write_text(tmp_path / "new", "other", new=True)
     assert (tmp_path / "new").read_bytes() == b"new"
     # A person's own file of a like name is not what a kill left.
     (tmp_path / ".unfinished-novel").write_text("mine")

@@ -1,8 +1,9 @@
-"""A finished run holds an adapter that lives, and a run that is repeated is the same run."""
+"""A finished run holds an adapter that works, and a run that is repeated is the same run."""
 
 import json
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from etude.config.schema import Config, Lora
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import opening, proof
+from etude.runs import comparison, opening, proof
 from etude.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, METRICS, STARTED
 from etude.runs.manifest import (
     changes_since,
@@ -59,6 +60,12 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
+@pytest.fixture
+def same_process(monkeypatch):
+    """The proof at the end of a training, without the seconds that a new process takes to start."""
+    monkeypatch.setattr(proof, "in_a_new_process", lambda folder: proof.verify(str(folder))[0])
+
+
 def verified(folder):
     """The proof of a run without a process of its own, each with a fresh base."""
     result = etude("verify", folder)
@@ -87,19 +94,40 @@ def test_training_ends_with_the_proof_of_a_new_process(finished):
     assert expected["loss"].keys() == {"split", "data", "rows", "value"}
 
 
-def test_it_really_is_another_process(finished, monkeypatch):
+def process(monkeypatch, code, result, stderr=""):
+    """In place of the new process: one that ends with `code`, having written `result`."""
     seen = []
-
-    class Done:
-        returncode, stdout, stderr = 0, "notice    x\nproof     all is well\n", ""
 
     def run(command, **options):
         seen.append(command)
-        return Done
+        if result:
+            Path(command[-1]).write_text(json.dumps(result))
+        return types.SimpleNamespace(returncode=code, stderr=stderr)
 
     monkeypatch.setattr(proof.subprocess, "run", run)
-    assert proof.in_a_new_process(finished[0]) == "all is well"
-    assert seen[0][1:] == ["-P", "-m", "etude", "verify", str(finished[0])]
+    return seen
+
+
+def test_it_really_is_another_process(tmp_path, monkeypatch):
+    seen = process(monkeypatch, 0, {"proof": "all is well"})
+    assert proof.in_a_new_process(tmp_path) == "all is well"
+    assert seen[0][1:5] == ["-P", "-m", "etude.runs.proof", str(tmp_path)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_new_process_writes(finished, copied, tmp_path, monkeypatch):
+    def written(folder):
+        proof.main(str(folder), str(tmp_path / "out.json"))
+        return json.loads((tmp_path / "out.json").read_text())
+
+    assert written(finished[0])["proof"] == proof.verify(str(finished[0]))[0]
+    (copied / "proof.json").unlink()
+    assert "no proof.json here" in written(copied)["problem"]
+    monkeypatch.setattr(proof, "verify", lambda _: (_ for _ in ()).throw(MemoryError()))
+    assert "not enough memory" in written(copied)["problem"]
+    monkeypatch.setattr(proof, "verify", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        written(copied)
 
 
 def test_verify_holds_for_a_run_and_for_its_copy(finished, copied):
@@ -109,7 +137,7 @@ def test_verify_holds_for_a_run_and_for_its_copy(finished, copied):
         assert "as in training" in told(result)
 
 
-def test_another_adapter_in_its_place_is_seen(copied, tiny_model, files, tmp_path):
+def test_another_adapter_in_its_place_is_seen(copied, tiny_model, files, tmp_path, same_process):
     other = tmp_path / "other"
     assert train(tiny_model, files, other, "training.seed=7").exit_code == 0
     assert verified(other).exit_code == 0  # it is a good adapter, of another run
@@ -182,7 +210,9 @@ def test_damage_of_every_kind_fails_the_proof(copied):
     assert "no proof.json here" in told(verified(copied))
 
 
-def test_without_validation_the_first_training_rows_are_measured(tiny_model, files, tmp_path):
+def test_without_validation_the_first_training_rows_are_measured(
+    tiny_model, files, tmp_path, same_process
+):
     result = train(tiny_model, files, tmp_path / "run", "dataset.validation_split=0")
     assert result.exit_code == 0, result.output
     assert "train loss" in result.output and "as in training" in result.output
@@ -313,19 +343,17 @@ def test_a_training_in_4_bits_is_proven_in_4_bits(tiny_model, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "stderr", "words"),
+    ("code", "result", "stderr", "words"),
     [
-        (2, "notice    x\nerror: runs/x: all is lost", "not finished: runs/x: all is lost"),
-        (-9, "", "ended by signal 9, most likely for want of memory"),
-        (1, "Traceback ...\nKeyError: 'x'", "KeyError: 'x'"),
+        (0, {"problem": "runs/x: all is lost"}, "", "not finished: runs/x: all is lost"),
+        (-9, None, "", "ended by signal 9, most likely for want of memory"),
+        (1, None, "Traceback ...\nKeyError: 'x'\n", "finished: KeyError: 'x'"),
     ],
 )
-def test_a_proof_that_fails_leaves_the_run_unfinished(code, stderr, words, monkeypatch, tmp_path):
-    class Done:
-        returncode, stdout = code, ""
-
-    Done.stderr = stderr
-    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: Done)
+def test_a_proof_that_fails_leaves_the_run_unfinished(
+    code, result, stderr, words, monkeypatch, tmp_path
+):
+    process(monkeypatch, code, result, stderr)
     (tmp_path / CHECKPOINTS / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         proof.in_a_new_process(tmp_path)
@@ -381,11 +409,13 @@ def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys
 # --- reproduce -------------------------------------------------------------------------------
 
 
-def test_a_run_repeats_bit_for_bit(finished, tmp_path):
+def test_a_run_repeats_bit_for_bit(finished, tmp_path, same_process):
     folder, _ = finished
     result = etude("reproduce", folder, "--out", tmp_path / "again")
     assert result.exit_code == 0, result.output
     assert "bit for bit" in told(result)
+    again = etude("reproduce", folder, "--out", tmp_path / "again")
+    assert again.exit_code == 2 and f"--out {tmp_path / 'again'}-2" in told(again)
     digest = lora.digest(lora.read_weights(folder))
     assert f"the same, SHA-256 {digest}" in told(result)
     assert "logged losses, all the same" in told(result)
@@ -393,7 +423,7 @@ def test_a_run_repeats_bit_for_bit(finished, tmp_path):
     assert first == second  # the files too
 
 
-def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypatch):
+def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypatch, same_process):
     # The control: the manifest's seed decides, not the one in config.yml.
     manifest = json.loads((copied / MANIFEST).read_text())
     manifest["config"]["training"]["seed"] += 1
@@ -407,7 +437,7 @@ def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypa
     assert (copied.parent / "copy-reproduced" / MANIFEST).is_file()
 
 
-def test_elsewhere_close_is_enough_and_the_difference_is_told(copied, tmp_path):
+def test_elsewhere_close_is_enough_and_the_difference_is_told(copied, tmp_path, same_process):
     manifest = json.loads((copied / MANIFEST).read_text())
     manifest["environment"]["libraries"]["torch"] = "1.0"
     (copied / MANIFEST).write_text(json.dumps(manifest))
@@ -447,15 +477,15 @@ def test_changed_data_or_base_is_refused_before_training(copied, files, tiny_mod
 
 def test_the_figures_of_a_comparison(copied, finished):
     folder, _ = finished
-    same = proof.compare_runs(folder, folder)
+    same = comparison.compare_training(folder, folder)
     assert same.same and same.close
-    assert len(proof.logged_losses(folder)) >= 6
+    assert len(comparison.logged_losses(folder)) >= 6
     lines = read_metrics(copied / METRICS)
 
     def log(change):
         changed = [{**line, **change(line)} for line in lines]
         (copied / METRICS).write_text("".join(json.dumps(line) + "\n" for line in changed))
-        return proof.compare_runs(folder, copied)
+        return comparison.compare_training(folder, copied)
 
     near = log(
         lambda line: {"loss": line["loss"] * 1.01} if line.get("loss") and line["step"] == 3 else {}
@@ -467,16 +497,16 @@ def test_the_figures_of_a_comparison(copied, finished):
     far = log(lambda line: {"loss": line["loss"] * 1.1} if line.get("loss") else {})
     assert (far.same, far.close) == (False, False)
     (copied / METRICS).write_text(json.dumps(lines[0]) + "\n")
-    cut = proof.compare_runs(folder, copied)
+    cut = comparison.compare_training(folder, copied)
     assert (cut.same, cut.close) == (False, False)
-    assert "stand in one run only" in cut.losses
+    assert "are in one run only" in cut.losses
 
 
 # --- the real sample -------------------------------------------------------------------------
 
 
 @pytest.mark.real
-def test_the_sample_trains_the_same_adapter_twice(tmp_path, files):
+def test_the_sample_trains_the_same_adapter_twice(tmp_path, files, same_process):
     arguments = ("dataset.max_rows=4", "training.batch_size=1", "training.max_steps=2",
                  "training.gradient_accumulation_steps=2", "training.warmup_steps=0",
                  "dataset.validation_split=0")  # fmt: skip

@@ -25,10 +25,10 @@ from etude.conversation.renderer import Renderer
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import loading, lora
-from etude.runs import opening, plots, proof
+from etude.runs import comparison, opening, plots, proof
 from etude.runs.card import model_card
 from etude.runs.folder import STARTED
-from etude.runs.manifest import changes_since, check_base, read_metrics
+from etude.runs.manifest import changes_since, read_metrics
 from etude.training import checkpoints, trainer
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -228,11 +228,11 @@ def readers(finished, monkeypatch):
     def examine(name, target, expected, examples):
         model = types.SimpleNamespace(dtype=torch.float32)
         assert len(f"{expected['sha256']:.12}") <= 12
-        return proof.compare_losses(name, model, target, expected, examples or [])
+        return proof.compare_losses(name, model, target, expected, examples)
 
     def run_training(settings, again, force):
         train_with_config.check_data(again, train_with_config.read_tables(settings))
-        check_base("the run", again, base)
+        lora.check_base("the run", again["base"]["identity"], base.identity)
         raise UserError("as far as this")
 
     monkeypatch.setattr(proof, "examine", examine)
@@ -355,7 +355,7 @@ def test_metrics_that_are_garbage_are_left_out(tmp_path):
     lines = [json.dumps(good[0]), *bad, *map(json.dumps, good[1:])]
     file.write_bytes("\n".join(lines).encode() + b'\n{"step": \xff\n')
     assert read_metrics(file) == good
-    assert proof.logged_losses(tmp_path) == {(1, "loss"): 2.0, (2, "eval_loss"): 1.5}
+    assert comparison.logged_losses(tmp_path) == {(1, "loss"): 2.0, (2, "eval_loss"): 1.5}
     plots.loss_plot(file, tmp_path / "loss.png")
     assert read_metrics(tmp_path / "none") == []
 
@@ -503,3 +503,9 @@ def test_a_plain_card_is_as_plain_as_before():
     assert text.startswith("---\nbase_model: Qwen/Qwen2-1.5B\nlibrary_name: peft\n")
     assert "`etude chat runs/a` chats with it" in text
     assert "| data | `data/x.jsonl`, 4 rows, format text |" in text
+    (line,) = [
+        line for line in card(loading.SAMPLE, "a", "b").split("\n") if "etude.models" in line
+    ]
+    namespace = {}
+    exec(line, namespace)
+    assert namespace["locate"] is loading.locate

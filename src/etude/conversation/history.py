@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etude.conversation.renderer import Message, Renderer
 from etude.errors import UserError
-from etude.files import read_text, write_new
+from etude.files import read_text, write_text
 
 HALF = re.compile("[\ud800-\udfff]")  # what JSON can spell and no text may hold
 
@@ -90,8 +90,8 @@ def save(conversation: Conversation, path: Path) -> None:
     if not path.name:
         raise UserError(f"{path} is no file name; for example: /save talk.json")
     try:
-        data = json.dumps(asdict(conversation), ensure_ascii=False, indent=2).encode()
-        write_new(path, data)
+        data = json.dumps(asdict(conversation), ensure_ascii=False, indent=2)
+        write_text(path, data, new=True)
     except FileExistsError:
         names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
         free = next(name for name in names if not os.path.lexists(name))

@@ -221,6 +221,55 @@ def _fates(split: str, dropped: Mapping[str, Sequence[int]], rows: int) -> list[
     return found[:LINES_SHOWN] + rest
 
 
+def read_splits(settings: Dataset, seed: int) -> tuple[dict[str, Table], list[str]]:
+    """The training and, if any, validation rows, and notices about what was found in reading them.
+
+    The test set is read only for rows that it shares with the training.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    notices: list[str] = []
+    # Drawn before the validation is cut off, so that both shrink alike.
+    table = sample(read(settings.train, settings), settings.max_rows, seed)
+    labelled = settings.model_copy(update={"labels": table.labels})
+    others = {
+        name: read(source, labelled)
+        for name, source in (("validation", settings.validation), ("test", settings.test))
+        if source
+    }
+    for name, other in others.items():
+        if other.format != table.format:
+            raise UserError(
+                f"dataset.{name}: {other.source} has format {other.format}, and {table.source} "
+                f"{table.format}; all splits must have one"
+            )
+        if shared := overlap(table, other, name):
+            notices.append(shared)
+    validation = others.get("validation")
+    if validation:
+        tables = {"train": table, "validation": validation}
+    else:
+        train_part, cut = split_rows(table, settings.validation_split, seed)
+        tables = {"train": train_part} | ({"validation": cut} if cut else {})
+    if settings.validation_split and "validation" not in tables:
+        notices.append("no validation: there are too few different rows to cut one from train")
+    for name, each in (("train", table), *others.items()):
+        # The dropped rows of the other splits are in their reports.
+        drops = each.drops(name) if name == "test" else []
+        notices += [
+            f"{name}: {notice.removeprefix(f'{name}: ')}" for notice in each.notices + drops
+        ]
+    # As read: what is cut from train has the columns of all its rows.
+    for name, used in (("train", table), ("validation", validation)):
+        if used and used.unused:
+            unused = ", ".join(
+                f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
+            )
+            notices.append(f"{name}: unused columns: {unused}")
+    return tables, notices
+
+
 def read(source: str, settings: Dataset) -> Table:
     """Read a file or a Hub data set and bring every row into the common form.
 

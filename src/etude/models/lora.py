@@ -193,20 +193,21 @@ def describe(folder: Path) -> Described:
     return described
 
 
-def check_base(folder: Path, identity: str) -> None:
-    """Hold the base that the adapter in `folder` says it was trained on against `identity`.
+def check_base(where: str, trained_on: str | None, identity: str) -> None:
+    """Compare the base that an adapter was trained on with the one here, by their identities.
 
-    Only an adapter that names a commit or a hash can be told apart.
+    `trained_on` may be a bare revision, as other programs note it: a commit can be compared, a name cannot.
 
     Raises:
         UserError: it was trained on another base.
     """
-    revision = describe(folder).revision or ""
-    kind, _, loaded = identity.partition(":")
-    known = revision.startswith("sha256:") or (kind == "commit" and len(revision) == len(loaded))
-    if known and revision not in (identity, loaded):
+    kind, _, revision = identity.partition(":")
+    known = trained_on and (
+        ":" in trained_on or (kind == "commit" and len(trained_on) == len(revision))
+    )
+    if known and trained_on not in (identity, revision):
         raise UserError(
-            f"{folder}: this adapter was trained on another base ({revision}) than the one here "
+            f"{where}: this adapter was trained on another base ({trained_on}) than the one here "
             f"({identity}). Pin model.revision, or give the base it was trained on"
         )
 

@@ -17,7 +17,7 @@ def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:
     name, folder = config.model.name, config.output.dir
     converted = name == SAMPLE or name.endswith(".gguf")
     source = f"locate({name!r})" if converted else repr(name)
-    folder_import = "from etude.models import locate\n" if converted else ""
+    folder_import = "from etude.models.loading import locate\n" if converted else ""
     return f"""---
 base_model: {scalar(name)}
 library_name: peft

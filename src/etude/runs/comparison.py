@@ -1,18 +1,23 @@
-"""Two runs compared: which settings differ, their figures, and whether one is better than the other."""
+"""Two runs compared: what differs, whether one is better than the other, or the same training again."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etude.config.loading import check_config, key_paths, value_at
 from etude.config.yaml import scalar
 from etude.errors import UserError, command
-from etude.measure import intervals
+from etude.measure import metrics
+from etude.models import lora
+from etude.runs.folder import METRICS
 from etude.runs.listing import TUNED, cell, describe, evaluations
-from etude.runs.manifest import read_manifest
+from etude.runs.manifest import read_manifest, read_metrics
 from etude.runs.report import p_value, shown, terminal_table
 
 LEVEL = 0.95  # of the intervals; a difference counts where chance alone makes it in 5 % of cases or less
+# How far the losses of a repeated training may be from the first's, on another machine.
+REPEATED = 0.02
 SAME_ROWS = ("sha256", "rows", "drawn", "format")
 
 
@@ -78,6 +83,7 @@ def _same_rows(first: Path, second: Path) -> list[tuple[Any, Any]]:
         for a in evaluations(first)
         for b in evaluations(second)
         if all(a[1]["data"].get(key) == b[1]["data"].get(key) for key in SAME_ROWS)
+        and a[1].get("method") == b[1].get("method")
         and all(TUNED in report["models"] for _, report in (a, b))
     ]
 
@@ -108,35 +114,27 @@ def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> di
     """
     from scipy import stats
 
-    keys = ("line", "text", "messages", "label")
-    if not first or [[a.get(k) for k in keys] for a in first] != [
-        [b.get(k) for k in keys] for b in second
-    ]:
+    keys, count = ("line", "text", "messages", "label"), len(first)
+    rows = [[[line.get(key) for key in keys] for line in lines] for lines in (first, second)]
+    ours, theirs = [line[TUNED] for line in first], [line[TUNED] for line in second]
+    if not count or rows[0] != rows[1]:
         return None
-    lines = [(a, a[TUNED], b[TUNED]) for a, b in zip(first, second, strict=True)]
-    count = len(lines)
-    if all("loss" in a and "loss" in b for _, a, b in lines):
-        better = [b["loss"] - a["loss"] for _, a, b in lines]
-        test: Any = intervals.paired_losses(
-            [a["loss"] for _, a, _ in lines], [b["loss"] for _, _, b in lines]
-        )
+    test: Any
+    if all("loss" in line for line in ours + theirs):
+        kind, losses = "loss", [[line["loss"] for line in lines] for lines in (ours, theirs)]
+        test = metrics.paired_losses(*losses)
+        better = [b - a for a, b in zip(*losses, strict=True)]
         mean, error = sum(better) / count, stats.sem(better) if count > 1 else 0.0
         low, high = stats.t.interval(LEVEL, count - 1, mean, error) if error else (mean, mean)
-        kind = "loss"
-    elif all("label" in line and "predicted" in a and "predicted" in b for line, a, b in lines):
-        truth = [line["label"] for line, _, _ in lines]
-        test = intervals.mcnemar(
-            truth, [a["predicted"] for _, a, _ in lines], [b["predicted"] for _, _, b in lines]
+    elif all("predicted" in line for line in ours + theirs) and "label" in first[0]:
+        kind, truth = "accuracy", [str(line.get("label")) for line in first]
+        test = metrics.mcnemar(
+            truth, *([line["predicted"] for line in lines] for lines in (ours, theirs))
         )
         right, wrong = test["only_first_right"], test["only_second_right"]
-        share = (
-            stats.binomtest(right, right + wrong).proportion_ci(LEVEL)
-            if right + wrong
-            else (0.5, 0.5)
-        )
-        mean = (right - wrong) / count
-        low, high = ((2 * end - 1) * (right + wrong) / count for end in share)
-        kind = "accuracy"
+        apart, mean = right + wrong, (right - wrong) / count
+        share = stats.binomtest(right, apart).proportion_ci(LEVEL) if apart else (0.5, 0.5)
+        low, high = ((2 * end - 1) * apart / count for end in share)
     else:
         return None
     return {**test, "kind": kind, "rows": count, "difference": mean, "low": low, "high": high}
@@ -154,3 +152,70 @@ def _answer(test: dict[str, Any], first: Path, second: Path) -> str:
         f"{word}: on the same {test['rows']:,} rows the {test['kind']} of {first if ahead else second} is "
         f"better by {difference} {unit} ({LEVEL:.0%} interval {low} to {high}; {p_value(test)})"
     )
+
+
+# --- is B the same training as A? --------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """Two runs side by side: the same bit for bit, or close, and the figures in words."""
+
+    same: bool
+    close: bool
+    losses: str
+    adapter: str
+
+
+def compare_training(first: Path, second: Path) -> Comparison:
+    """Compare the logged losses and the adapters of two runs.
+
+    They are close if no loss deviates by more than REPEATED, relative to the first run's.
+
+    Raises:
+        UserError: a damaged adapter.
+    """
+    before, after = logged_losses(first), logged_losses(second)
+    missing = len(before.keys() ^ after.keys())
+    deviations = {
+        key: abs(after[key] - loss) / max(abs(loss), 1e-6)
+        for key, loss in before.items()
+        if key in after
+    }
+    differing = [key for key, deviation in deviations.items() if deviation]
+    losses = f"{len(deviations)} logged losses, all the same"
+    if differing:
+        step, kind = differing[0]
+        worst = max(differing, key=deviations.__getitem__)
+        losses = (
+            f"{len(differing)} of {len(deviations)} logged losses differ, first at step {step} ({kind} "
+            f"{before[step, kind]:.6f}, now {after[step, kind]:.6f}), by up to "
+            f"{deviations[worst]:.2g} relative (step {worst[0]})"
+        )
+    if missing:
+        losses += f"; {missing} are in one run only"
+    old, new = lora.read_weights(first), lora.read_weights(second)
+    faults, same = lora.compare_keys(new, old), lora.digest(old) == lora.digest(new)
+    if faults:
+        adapter = "; ".join(faults)
+    elif same:
+        adapter = f"the same, SHA-256 {lora.digest(new)}"
+    else:
+        largest = max(float((new[key] - old[key]).abs().max()) for key in old)
+        scale = max(float(old[key].abs().max()) for key in old)
+        adapter = f"differs by up to {largest:.2g} (its largest weight is {scale:.2g})"
+    return Comparison(
+        same=same and not (differing or missing),
+        close=not (missing or faults) and max(deviations.values(), default=math.inf) <= REPEATED,
+        losses=losses,
+        adapter=adapter,
+    )
+
+
+def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
+    """The losses in metrics.jsonl by step and kind (loss, eval_loss), in their order."""
+    return {
+        (line["step"], kind): line[kind]
+        for line in read_metrics(folder / METRICS)
+        for kind in ("loss", "eval_loss")
+        if kind in line
+    }

@@ -140,7 +140,7 @@ def write_file(folder: Path, name: str, text: str) -> None:
 def move_in(folder: Path, work: Path) -> None:
     """Give the finished file `work` its name in the run's folder, as `write_file` does."""
     record_file(folder, work.name, None if work.name in LINES else files.sha256(work))
-    files.replace(work, folder / work.name)
+    files.put(work, folder / work.name)
 
 
 def refuse_foreign(folder: Path, names: Sequence[str] = PRODUCTS) -> None:
@@ -237,10 +237,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _holder(file: Path) -> str | None:
     """Who holds the lock `file`, or held it last, in words; None if it is not a lock of Etude's."""
     try:
-        text = files.read_text(file)
-        who = (
-            json.loads(text) if text else MADE_BY
-        )  # a kill, or a process that is about to write it
+        # Empty after a kill, or when it is about to be written.
+        who = json.loads(files.read_text(file) or json.dumps(MADE_BY))
     except OSError:  # there is none, or it cannot be read while it is locked
         who = MADE_BY
     except ValueError:

@@ -1,5 +1,6 @@
 """What runs there are: the table of `etude runs`."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ def describe(folder: Path) -> dict[str, Any]:
     finished, live, unfinished or corrupt, and "problem" says why it is not finished.
     """
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "problem"))
-    row |= {"run": str(folder), "state": "finished"}
-    row["size"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    row |= {"run": str(folder), "state": "finished", "size": _size(folder)}
     who = live(folder)
     try:
         if (folder / MANIFEST).is_file():
@@ -39,6 +39,14 @@ def describe(folder: Path) -> dict[str, Any]:
         problem = f"{folder}: a file in it is not what Etude writes ({error!r:.80})"
         row |= {"state": "corrupt", "problem": problem}
     return row
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a live run removes what it has made
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
 
 
 def _configured(config: dict[str, Any]) -> dict[str, Any]:

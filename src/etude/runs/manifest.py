@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from etude import files
 from etude.errors import UserError
-from etude.models import loading
 from etude.runs.folder import MANIFEST, STARTED
 
 LIBRARIES = (
@@ -120,20 +119,6 @@ def recorded_date(folder: Path) -> datetime.date | None:
 def date_of(facts: dict[str, Any]) -> datetime.date | None:
     """The date in a manifest's chat_format or in started.json."""
     return datetime.date.fromisoformat(facts["date"]) if facts.get("date") else None
-
-
-def check_base(name: str, manifest: dict[str, Any], base: loading.Base) -> None:
-    """Compare `base` with the one that the run `name` was trained on.
-
-    Raises:
-        UserError: it is another one.
-    """
-    trained_on = manifest["base"]["identity"]
-    if trained_on != base.identity:
-        raise UserError(
-            f"{name}: this adapter was trained on another base ({trained_on}) than {base.name} is now "
-            f"({base.identity}). Pin model.revision, or give the base it was trained on"
-        )
 
 
 # --- environment ------------------------------------------------------------------------------

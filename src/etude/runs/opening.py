@@ -14,7 +14,7 @@ from etude.conversation.renderer import Renderer
 from etude.errors import UserError, command
 from etude.models import device, loading, lora
 from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, read_started, refuse_live
-from etude.runs.manifest import check_base, read_manifest, recorded_date
+from etude.runs.manifest import read_manifest, recorded_date
 
 TEMPLATE = "chat_template.jinja"  # beside the adapter, as transformers writes it
 TEMPLATE_LIMIT = 2**20  # bytes
@@ -91,14 +91,14 @@ def open_target(name: str, overrides: list[str]) -> Target:
     if not lora.is_adapter(folder):
         renderer = renderer_for(base, config, today())
         return Target(base, renderer, config, None)
-    lora.check_base(folder, base.identity)
+    lora.check_base(name, lora.describe(folder).revision, base.identity)
     if (folder / CONFIG).is_file():  # one of Etude's runs, which has the base's tokenizer
         renderer = renderer_for(base, config, recorded_date(folder))
     else:
         base, template = _with_its_own(base, folder)
         renderer = renderer_for(base, config, today(), template)
     if manifest:
-        check_base(name, manifest, base)
+        lora.check_base(name, manifest["base"]["identity"], base.identity)
         renderer.check_state(manifest["chat_format"], name)
     return Target(base, renderer, config, folder)
 

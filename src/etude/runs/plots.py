@@ -42,8 +42,9 @@ def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
     labels = [name.replace("$", r"\$") for name in result["columns"]]
     display = ConfusionMatrixDisplay(shares, display_labels=labels)
     display.plot(
-        ax=axes, cmap="Blues", include_values=legible, values_format=".0%", xticks_rotation=30
-    )
+        ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, xticks_rotation=30,
+        include_values=legible, values_format=".0%",
+    )  # fmt: skip
     if not legible:
         axes.set(xticks=[], yticks=[])
     axes.set_title(title.replace("$", r"\$"))

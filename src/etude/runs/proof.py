@@ -1,4 +1,7 @@
-"""Proof that a saved adapter lives, and how a training that was repeated compares with the first."""
+"""Proof, in a new process, that a saved adapter works as it was trained.
+
+`python -m etude.runs.proof RUN OUT` is the new process of the proof: it writes its result to OUT.
+"""
 
 import json
 import math
@@ -7,16 +10,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from etude import files
 from etude.config.schema import Config
 from etude.conversation.renderer import Example
+from etude.data import dataset
 from etude.engine import packing
-from etude.errors import UserError
+from etude.errors import UserError, shortage
 from etude.models import loading, lora
 from etude.runs import opening
-from etude.runs.folder import METRICS, PROOF, how_to_continue, write_file
-from etude.runs.manifest import Proof, read_form, read_metrics
+from etude.runs.folder import PROOF, how_to_continue, write_file
+from etude.runs.manifest import Proof, read_form
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
 # Where the trainer measured no validation loss, so many examples are measured for the proof.
@@ -25,8 +30,6 @@ EXAMPLES = 64
 EXACT = (1e-4, 1e-6)  # float32
 ROUNDED = (0.02, 0.01)  # 16-bit numbers on either side
 QUANTIZED = (0.05, 0.05)  # trained on an int8 base, used on the float one
-# How far the losses of a repeated training may be from the first's, on another machine.
-REPEATED = 0.02
 
 
 def expect(
@@ -90,60 +93,97 @@ def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> floa
 
 
 def in_a_new_process(folder: Path) -> str:
-    """Open the run in `folder` in a new process, as a user will, and return what it says.
+    """Verify the run in `folder` in a new process, which opens it as a user will; returns the proof in words.
 
     Raises:
         UserError: the proof fails, or the process was ended, most likely for want of memory.
     """
-    # -P: a file torch.py in the folder where the user stands is not to be imported.
-    command = [sys.executable, "-P", "-m", "etude", "verify", str(folder)]
     # Not one of several processes any more, where torchrun started this one.
-    left_out = {"FORCE_COLOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
+    left_out = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
     plain = {key: value for key, value in os.environ.items() if key not in left_out}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=plain
-        )
-    except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
-        code = end.code if isinstance(end, SystemExit) else INTERRUPTED
-        raise KeyboardInterrupt(
-            f"stopped during the proof, the last step of the training; {how_to_continue(folder)}",
-            code,
-        ) from None
-    if done.returncode == 0:
-        return done.stdout.strip().splitlines()[-1].removeprefix("proof").strip()
-    problem = done.stderr.rpartition("error: ")[2].strip()
+    with files.scratch(folder) as work:
+        # -P: a file torch.py in the folder where the user stands is not to be imported.
+        command = [sys.executable, "-P", "-m", __name__, str(folder), str(work / PROOF)]
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                errors="replace",
+                env=plain,
+            )
+        except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
+            code = end.code if isinstance(end, SystemExit) else INTERRUPTED
+            raise KeyboardInterrupt(
+                f"stopped during the proof, the last step of the training; {how_to_continue(folder)}",
+                code,
+            ) from None
+        found = files.read_json(work / PROOF) if (work / PROOF).is_file() else {}
+    if "proof" in found:
+        return str(found["proof"])
+    last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+    problem = found.get("problem") or last
     if done.returncode < 0:
         problem = (
             f"the process was ended by signal {-done.returncode}, most likely for want of memory"
         )
     raise UserError(
-        f"{folder}: the adapter was saved, but a new process could not verify it, so the "
-        f"run is not finished: {problem:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
+        f"{folder}: the adapter was saved, but a new process could not verify it, so the run is not "
+        f"finished: {problem:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
     )
 
 
-def read_expected(folder: Path) -> dict[str, Any]:
-    """What `expect` has written.
+def main(run: str, out: str) -> None:
+    """What the new process does: verify `run`, and write the proof or the problem to the file `out`."""
+    try:
+        proof, _ = verify(run)
+        result = {"proof": proof}
+    except Exception as error:
+        problem = str(error) if isinstance(error, UserError) else shortage(error)
+        if not problem:
+            raise
+        result = {"problem": problem}
+    files.write_text(Path(out), json.dumps(result))
+
+
+def verify(name: str) -> tuple[str, list[str]]:
+    """Check that the adapter of the run `name` is what its training ended with, and works.
+
+    Returns:
+        The proof in words, and notices about its data.
 
     Raises:
-        UserError: nothing was written, or it is damaged.
+        UserError: it is not, or the run cannot be opened.
     """
+    folder = files.expanded(name)
+    settings = opening.open_config(name, [])
     if not (folder / PROOF).is_file():
         raise UserError(
-            f"{folder}: no {PROOF} here, so there is nothing to compare the adapter with; it is "
-            "written at the end of `etude train`"
+            f"{folder}: no {PROOF} here, so there is nothing to compare the adapter with; it is written "
+            "at the end of `etude train`"
         )
-    return read_form(folder / PROOF, Proof)
+    expected = read_form(folder / PROOF, Proof)
+    wanted, tables = expected["loss"], dict[str, dataset.Table]()
+    try:
+        tables, notices = dataset.read_splits(settings.dataset, settings.training.seed)
+    except UserError as error:
+        notices = [str(error)]
+    target = opening.open_target(name, [])
+    examples: list[Example] = []
+    table = tables.get(wanted["split"])
+    if table and table.fingerprint == wanted["data"]:
+        window = loading.window(target.base.model.config)
+        examples, _ = dataset.encode(
+            table, target.renderer, settings.dataset, wanted["split"], window
+        )
+        examples = examples[: wanted["rows"]]
+    return examine(name, target, expected, examples), notices
 
 
 def examine(
-    name: str,
-    target: opening.Target,
-    expected: dict[str, Any],
-    examples: Sequence[Example] | None,
+    name: str, target: opening.Target, expected: dict[str, Any], examples: Sequence[Example]
 ) -> str:
-    """Hold the adapter of `target` against what its training expected; returns the proof in words.
+    """Compare the adapter of `target` with what its training expected; returns the proof in words.
 
     Four things: its tensors are those that were trained, bit for bit; lora_B is not all zero; its
     logits are not the base's; its loss on `examples` is the training's (left out without examples).
@@ -174,12 +214,12 @@ def examine(
             f"{name}: the adapter changes nothing: with it, the logits are the base's. "
             "Train the run again with another training.learning_rate"
         )
-    told = compare_losses(name, model, target, expected, examples) if examples else (
-        "the loss was not compared, for its data is gone or was changed"
-    )  # fmt: skip
+    loss = "the loss was not compared, for its data is gone or was changed"
+    if examples:
+        loss = compare_losses(name, model, target, expected, examples)
     return (
         f"the saved adapter, opened in a new process: {len(tensors)} tensors as trained, lora_B not "
-        f"zero, logits differ from the base's by up to {difference:.2g}, {told}"
+        f"zero, logits differ from the base's by up to {difference:.2g}, {loss}"
     )
 
 
@@ -231,69 +271,5 @@ def compare_losses(
     return f"{split} loss {loss:.4f} as in training"
 
 
-# --- a training that was repeated ------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """Two runs side by side: the same bit for bit, or close, and the figures in words."""
-
-    same: bool
-    close: bool
-    losses: str
-    adapter: str
-
-
-def compare_runs(first: Path, second: Path) -> Comparison:
-    """Compare the logged losses and the adapters of two runs.
-
-    They are close if no loss deviates by more than REPEATED, relative to the first run's.
-
-    Raises:
-        UserError: a damaged adapter.
-    """
-    before, after = logged_losses(first), logged_losses(second)
-    common = [key for key in before if key in after]
-    deviations = {
-        key: abs(after[key] - before[key]) / max(abs(before[key]), 1e-6) for key in common
-    }
-    differing = [key for key in common if before[key] != after[key]]
-    losses = f"{len(common)} logged losses, all the same"
-    if differing:
-        step, kind = differing[0]
-        last = max(deviations, key=lambda key: deviations[key])
-        losses = (
-            f"{len(differing)} of {len(common)} logged losses differ, first at step {step} ({kind} "
-            f"{before[step, kind]:.6f}, now {after[step, kind]:.6f}), by up to "
-            f"{deviations[last]:.2g} relative (step {last[0]})"
-        )
-    missing = len(before.keys() ^ after.keys())
-    if missing:
-        losses += f"; {missing} stand in one run only"
-    old, new = lora.read_weights(first), lora.read_weights(second)
-    faults = lora.compare_keys(new, old)
-    if faults:
-        adapter = "; ".join(faults)
-    elif lora.digest(old) == lora.digest(new):
-        adapter = f"the same, SHA-256 {lora.digest(new)}"
-    else:
-        largest = max(float((new[key] - old[key]).abs().max()) for key in old)
-        scale = max(float(old[key].abs().max()) for key in old)
-        adapter = f"differs by up to {largest:.2g} (its largest weight is {scale:.2g})"
-    return Comparison(
-        same=not (differing or missing or faults) and lora.digest(old) == lora.digest(new),
-        close=bool(common)
-        and not (missing or faults)
-        and max(deviations.values(), default=0.0) <= REPEATED,
-        losses=losses,
-        adapter=adapter,
-    )
-
-
-def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
-    """The losses in metrics.jsonl by step and kind (loss, eval_loss), in their order."""
-    return {
-        (line["step"], kind): line[kind]
-        for line in read_metrics(folder / METRICS)
-        for kind in ("loss", "eval_loss")
-        if kind in line
-    }
+if __name__ == "__main__":
+    main(*sys.argv[1:])

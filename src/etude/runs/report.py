@@ -216,7 +216,7 @@ def write_evaluation(
         text = json.dumps(result, indent=1, allow_nan=False)
         (work / "report.json").write_text(text, encoding="utf-8")
         for file in ("predictions.jsonl", *pictures.values(), "report.md", "report.json"):
-            files.place(work / file, folder / file)
+            files.put(work / file, folder / file, new=True)
 
 
 def _prediction(row: Row, measured: dict[str, dict[str, Any]], at: int) -> dict[str, Any]:
