@@ -24,10 +24,10 @@ TEST = "data/tweets_sentiment.test.jsonl"
 
 def score_etude(target: Any, prompts: list[Any], labels: list[str]) -> list[list[float]]:
     """As `etude evaluate` does."""
-    from etude import evaluation
+    from etude.measure import likelihood
 
-    return evaluation.label_log_likelihoods(
-        target.base.model, target.renderer, prompts, labels, target.config, "benchmark"
+    return likelihood.label_log_likelihoods(
+        target.base.model, target.renderer, prompts, labels, target.config
     )
 
 

@@ -45,8 +45,9 @@ def etude(*words: str) -> None:
 
 def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]:
     """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
-    from etude import console, evaluation
+    from etude import console
     from etude.data import dataset as data
+    from etude.measure import likelihood
     from etude.runs import opening
 
     run = folder / f"{workload}-{seed}-{base.replace(' ', '-')}"
@@ -71,7 +72,7 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
     examples, _ = data.encode(table, target.renderer, settings.dataset, "test")
     found = {
         "own_base_loss": results["eval_loss"],
-        "losses": evaluation.sequence_losses(target.tuned(), examples, settings, base),
+        "losses": likelihood.sequence_losses(target.tuned(), examples, settings),
         "tokens": sum(sum(example.supervised) for example in examples),
         "seconds": results["seconds"],
     }
@@ -88,7 +89,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> str:
     """`second` beside `first`: held-out losses with a 95 % paired bootstrap interval, and accuracy."""
     from scipy.stats import bootstrap
 
-    from etude.measure.metrics import mcnemar
+    from etude.measure.intervals import mcnemar
 
     loss = sum(second["losses"]) / second["tokens"]
     own = second["own_base_loss"]

@@ -20,6 +20,9 @@ from etude.conversation.renderer import Example
 from etude.data import dataset as data
 from etude.engine import generation, packing
 from etude.errors import UserError
+from etude.measure import labels as class_labels
+from etude.measure import likelihood, responses
+from etude.model import Model
 from etude.models import lora
 from etude.runs import opening, plots, report
 
@@ -43,8 +46,8 @@ def brute_force(model, renderer, prompt, label):
 
 def test_label_likelihoods_equal_brute_force(tiny):
     prompts = [[{"role": "user", "content": f"Judge this: {'very ' * n}nice"}] for n in range(7)]
-    got = evaluation.label_log_likelihoods(
-        tiny.base.model, tiny.renderer, prompts, LABELS, tiny.config, "test"
+    got = likelihood.label_log_likelihoods(
+        tiny.base.model, tiny.renderer, prompts, LABELS, tiny.config
     )
     for prompt, row in zip(prompts, got, strict=True):
         expected = [brute_force(tiny.base.model, tiny.renderer, prompt, label) for label in LABELS]
@@ -57,8 +60,8 @@ def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
     settings = Config()
     table = data.sample(data.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0)
     prompts = [data.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
-    got = evaluation.label_log_likelihoods(
-        sample.base.model, sample.renderer, prompts, table.labels, settings, "test"
+    got = likelihood.label_log_likelihoods(
+        sample.base.model, sample.renderer, prompts, table.labels, settings
     )
     for prompt, row in zip(prompts, got, strict=True):
         expected = [
@@ -81,7 +84,7 @@ def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
     ],
 )
 def test_parse_label(response, label):
-    assert evaluation.parse_label(response, ["negative", "neutral", "positive"]) == label
+    assert class_labels.parse_label(response, ["negative", "neutral", "positive"]) == label
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,8 @@ def test_parse_label(response, label):
     ],
 )
 def test_a_label_among_others(labels, response, label):
-    assert evaluation.parse_label(response, labels) == label
-    assert evaluation.parse_label(response, labels[::-1]) == label
+    assert class_labels.parse_label(response, labels) == label
+    assert class_labels.parse_label(response, labels[::-1]) == label
 
 
 WORDS = st.text("abAB +-#1", min_size=1, max_size=6).map(normal_label).filter(bool)
@@ -143,20 +146,20 @@ WORDS = st.text("abAB +-#1", min_size=1, max_size=6).map(normal_label).filter(bo
 def test_a_label_in_any_case_and_punctuation_is_itself_whatever_the_others(labels, around, change):
     label = labels[0]
     text = around.format(change(label))
-    assert evaluation.parse_label(text, labels) == label
-    assert evaluation.parse_label(text, labels[::-1]) == label
-    assert evaluation.parse_label(label, [*labels, label.swapcase(), f"x {label}"]) == label
+    assert class_labels.parse_label(text, labels) == label
+    assert class_labels.parse_label(text, labels[::-1]) == label
+    assert class_labels.parse_label(label, [*labels, label.swapcase(), f"x {label}"]) == label
 
 
 def test_last_answer_supervises_the_last_stretch_only():
     flags = [False, True, True, False, True, True, False]
-    found = evaluation.last_answer(Example(list(range(7)), flags))
+    found = likelihood.last_answer(Example(list(range(7)), flags))
     assert found.supervised == [False, False, False, False, True, True, False]
 
 
 def test_softmax():
-    assert evaluation.softmax([0.0, math.log(3)]) == pytest.approx([0.25, 0.75])
-    assert evaluation.softmax([-5000.0, -5000.0]) == [0.5, 0.5]
+    assert likelihood.softmax([0.0, math.log(3)]) == pytest.approx([0.25, 0.75])
+    assert likelihood.softmax([-5000.0, -5000.0]) == [0.5, 0.5]
 
 
 # --- the program -----------------------------------------------------------------------------
@@ -355,12 +358,12 @@ def test_rows_beyond_the_window_are_named(tiny_model, tmp_path, method):
 def test_the_perplexity_of_a_cut_response_leaves_its_missing_end_out(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        evaluation, "sequence_losses", lambda model, examples, *_: (seen.extend(examples), [1.0])[1]
+        responses, "sequence_losses", lambda model, examples, *_: (seen.extend(examples), [1.0])[1]
     )
     for finished in (True, False):
         said = generation.Response("Well then.", 3, finished)
         monkeypatch.setattr(generation, "generate", lambda *_, said=said: [said])
-        evaluation.single(tiny.base.model, tiny, "Well?")
+        evaluation.show_text(Model(tiny, tiny.base.model), "Well?")
     whole, cut = seen
     assert whole.ids == cut.ids and sum(whole.supervised) == sum(cut.supervised) + 1
     last = len(whole) - 1 - whole.supervised[::-1].index(True)
@@ -475,15 +478,15 @@ def test_only_the_row_whose_own_loss_is_not_finite_is_named(tiny, monkeypatch):
 
     monkeypatch.setattr(packing, "token_losses", losses)
     with pytest.raises(UserError, match=r"The loss is .*: x.jsonl:2\. The model's weights are"):
-        evaluation.sequence_losses(tiny.base.model, examples, tiny.config, "test")
+        likelihood.sequence_losses(tiny.base.model, examples, tiny.config)
     monkeypatch.undo()
-    assert len(evaluation.sequence_losses(tiny.base.model, examples, tiny.config, "test")) == 4
+    assert len(likelihood.sequence_losses(tiny.base.model, examples, tiny.config)) == 4
 
 
 def test_a_perplexity_beyond_all_numbers_gives_its_loss():
-    assert evaluation.mean_and_perplexity(8000.0, 10) == {"perplexity": None, "loss": 800.0}
+    assert responses.mean_and_perplexity(8000.0, 10) == {"perplexity": None, "loss": 800.0}
     assert report.perplexity({"perplexity": None, "loss": 800.0}) == "over 1e308 (loss 800.0)"
-    assert report.perplexity(evaluation.mean_and_perplexity(3 * math.log(2), 3)) == "2.00"
+    assert report.perplexity(responses.mean_and_perplexity(3 * math.log(2), 3)) == "2.00"
 
 
 def test_no_report_holds_a_number_that_is_none(tmp_path):

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from etude import evaluation
 from etude import train_with_config as training
 from etude.config.loading import load_config, preset_path
 from etude.conversation import history
 from etude.data import readers
 from etude.errors import UserError
 from etude.models import loading, lora
-from etude.runs import opening
+from etude.runs import evaluations, opening
 
 ATOMS = [
     *("..", ".", "", "~", "~root", "~nobody", "%2e%2e", "%2f", "%00", "．．", "‥", "․․", "∕", "／"),
@@ -106,7 +105,7 @@ def furnish(root):
 
 
 def report(name):
-    with evaluation.report_folder(name, None) as folder:
+    with evaluations.report_folder(name, None) as folder:
         (folder / "report.json").write_text("{}")
 
 

@@ -154,6 +154,11 @@ def notice(text: str) -> None:
     say("notice", text, "yellow")
 
 
+def aside(text: str) -> None:
+    """Print a notice on stderr: stdout holds the tables, which may be piped."""
+    err.print(f"notice    {printable(text)}")
+
+
 def printable(text: str) -> str:
     """Text without the control characters by which it could drive the terminal."""
     return CONTROL.sub("", text)

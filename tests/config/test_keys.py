@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etude import evaluation, train_with_config
+from etude import train_with_config
 from etude.config.loading import key_paths, load_config
 from etude.data import dataset as data
 from etude.engine import generation
 from etude.errors import UserError
+from etude.measure import labels as class_labels
+from etude.measure import responses
+from etude.model import read_table
 from etude.models import device, loading, lora
 from etude.runs import opening
 from etude.training import trainer
@@ -132,7 +135,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return done, kinds
 
     def tested(config):
-        table = evaluation.read_table(config, None)
+        table = read_table(config, None)
         return [row.line for row in table.rows]
 
     def method(config):
@@ -145,21 +148,21 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
 
             return record
 
-        table = evaluation.read_table(config, None)
+        table = read_table(config, None)
         count = len(table.rows)
         answers = [generation.Response("a", 1, True)] * count
         monkeypatch.setattr(
-            evaluation, "label_log_likelihoods", spy("likelihood", [[0.0, 1.0]] * count)
+            class_labels, "label_log_likelihoods", spy("likelihood", [[0.0, 1.0]] * count)
         )
-        monkeypatch.setattr(evaluation, "respond", spy("generate", answers))
-        monkeypatch.setattr(evaluation, "refuse_beyond_window", lambda *_: None)
-        result = evaluation.measure_labels(None, None, table, config, "model")
+        monkeypatch.setattr(class_labels, "respond", spy("generate", answers))
+        monkeypatch.setattr(class_labels, "check_window", lambda *_: None)
+        result = class_labels.measure_labels(None, None, table, config)
         return calls, result["intervals"]
 
     def judged(config):
         # Middling: a good form, but a refusal.
         response = generation.Response("I'm sorry, but I cannot say what tea is made of.", 9, True)
-        return evaluation.judge("What is tea made of?", response, config)
+        return responses.judge("What is tea made of?", response, config)
 
     def batches(config):
         sizes = []
@@ -172,7 +175,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         renderer = opening.renderer_for(base(config), config)
         prompts = [[{"role": "user", "content": f"q{n}"}] for n in range(20)]
         model = types.SimpleNamespace(config=None)
-        evaluation.respond(model, renderer, prompts, config, "model", ["x:1"] * len(prompts))
+        responses.respond(model, renderer, prompts, config, ["x:1"] * len(prompts))
         return sizes
 
     def sampled(config):

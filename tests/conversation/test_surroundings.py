@@ -25,6 +25,8 @@ from etude.conversation.history import Conversation
 from etude.conversation.renderer import Renderer
 from etude.engine.generation import _response, _Streamer, generate
 from etude.errors import UserError
+from etude.measure import responses
+from etude.model import Model
 from etude.models import loading, lora
 from etude.runs import opening
 from etude.runs.folder import log
@@ -168,8 +170,8 @@ def test_metrics_chat_and_a_single_text_see_the_bare_answer(tiny_model, name, mo
     talk.ask("Sure?")
     assert capsys.readouterr().out == "Yes, fine.\nYes, fine.\n"
     assert talk.conversation.messages[1] == assistant("Yes, fine.")
-    monkeypatch.setattr(evaluation, "sequence_losses", lambda model, examples, *_: [1.0])
-    evaluation.single(model, target, "Fine?")
+    monkeypatch.setattr(responses, "sequence_losses", lambda model, examples, *_: [1.0])
+    evaluation.show_text(Model(target, model), "Fine?")
     said = capsys.readouterr().out
     assert "Yes, fine." in said and "of the response under the model itself" in said
 

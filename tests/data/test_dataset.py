@@ -14,13 +14,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from etude import evaluation, train_with_config
+from etude import train_with_config
 from etude.config.loading import load_config
 from etude.config.schema import Dataset, normal_label
 from etude.conversation.renderer import Example, Renderer
 from etude.data import dataset as data
 from etude.data import readers
 from etude.errors import UserError
+from etude.measure import likelihood, responses
+from etude.model import read_table
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -534,7 +536,7 @@ def test_labels_that_render_the_same_are_refused(write, sample_tokenizer, where)
         if where == "encode":
             encode(table, renderer)
         else:
-            evaluation.label_log_likelihoods(None, renderer, prompts, table.labels, None, "x")
+            likelihood.label_log_likelihoods(None, renderer, prompts, table.labels, None)
     encode(table, Renderer(sample_tokenizer))  # its own template tells them apart
 
 
@@ -648,9 +650,9 @@ def test_an_evaluation_skips_and_says_so(write, capsys):
     test = write("x.jsonl", [*pairs("a", "b"), {"prompt": "c", "completion": ""}])
     options = load_config(None, overrides=[f"dataset.test={test}"])
     with pytest.raises(UserError, match=r"x\.jsonl:3: completion is empty"):
-        evaluation.read_table(options, None)
+        read_table(options, None)
     options = load_config(None, overrides=[f"dataset.test={test}", "dataset.on_bad_row=skip"])
-    table = evaluation.read_table(options, None)
+    table = read_table(options, None)
     assert [row.line for row in table.rows] == [1, 2]
     assert table.dropped == {"skipped: completion is empty": [3]}
     said = " ".join(capsys.readouterr().err.split())
@@ -660,7 +662,7 @@ def test_an_evaluation_skips_and_says_so(write, capsys):
 def test_an_evaluation_measures_the_last_answer_that_counts(write):
     turns = [*TALK[:4], TALK[4], {**TALK[5], "weight": 0}]
     test = write("x.jsonl", [{"messages": turns}, {"messages": TALK}])
-    table = evaluation.read_table(load_config(None, overrides=[f"dataset.test={test}"]), None)
+    table = read_table(load_config(None, overrides=[f"dataset.test={test}"]), None)
     assert [row.messages for row in table.rows] == [TALK[:4], TALK]
 
 
@@ -1077,7 +1079,7 @@ def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model
     table = data.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     settings = load_config(None, (), ["dataset.max_length=16"])
-    result = evaluation.measure_responses(model, renderer, table, settings, "model")
+    result = responses.measure_responses(model, renderer, table, settings)
     assert result["rows"] == len(result["losses"]) == 3 and result["tokens_lost"] == 0
     assert result["tokens"] == sum(len(renderer.text(text)) - 1 for text in texts)
     # A row that is not split has the loss of its text alone.
@@ -1086,7 +1088,7 @@ def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model
         alone = model(input_ids=ids, labels=ids).loss.item()
     assert result["losses"][1] == pytest.approx(alone, rel=1e-4)
     cut = load_config(None, (), ["dataset.max_length=16", "dataset.overlength=truncate"])
-    shorter = evaluation.measure_responses(model, renderer, table, cut, "model")
+    shorter = responses.measure_responses(model, renderer, table, cut)
     assert shorter["tokens_lost"] == result["tokens"] - shorter["tokens"] > 0
 
 

@@ -10,13 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binom
 from sklearn import metrics as sk
 
-from etude.measure.metrics import (
-    classification,
-    confidence_intervals,
-    mcnemar,
-    perplexity,
-    text_metrics,
-)
+from etude.measure.intervals import confidence_intervals, mcnemar
+from etude.measure.metrics import classification, perplexity, text_metrics
 
 LABELS = ["negative", "neutral", "positive"]
 label = st.sampled_from(LABELS)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from etude import chat, evaluation, files, train_with_config
+from etude import chat, files, train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
@@ -23,7 +23,7 @@ from etude.conversation import history
 from etude.data import dataset as data
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import opening, plots, proof, report
+from etude.runs import evaluations, opening, plots, proof, report
 from etude.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -189,7 +189,7 @@ def train(folder, **options):
 
 
 def evaluate(folder, out=None):
-    with evaluation.report_folder(str(folder), out) as home:
+    with evaluations.report_folder(str(folder), out) as home:
         report.write_evaluation(RESULT, {}, [], home)
     return home
 
@@ -459,7 +459,7 @@ def test_out_with_something_in_it_is_refused(tmp_path, name):
 
 def test_two_evaluations_at_once_take_two_folders(tmp_path):
     (tmp_path / lora.ADAPTER_CONFIG).write_text("{}")
-    first, second = (evaluation.report_folder(str(tmp_path), None) for _ in range(2))
+    first, second = (evaluations.report_folder(str(tmp_path), None) for _ in range(2))
     with first as one, second as two:
         assert (one.name, two.name) == ("evaluation", "evaluation-2")
         with pytest.raises(Busy, match=f"being written by process {os.getpid()} on .* since 20"):

@@ -1,7 +1,8 @@
 """config.yml is read and checked: presets and key=value settings over it, every fault reported at once."""
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -261,6 +262,25 @@ def parse_override(text: str) -> Layer:
         {section: {name: _value(section, name, value, f"command line ({text:.200})")}},
         {(section,): "command line", (section, name): "command line"},
     )
+
+
+def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings given by section in Python, `{"lora": {"r": 8}}`, as ``section.key=value``.
+
+    Raises:
+        UserError: a section that is no mapping of keys to values.
+    """
+    for section, keys in settings.items():
+        if not isinstance(keys, Mapping):
+            raise UserError(
+                f"{section}: settings are given by section, for example {section}={{...}}, "
+                'as in lora={"r": 8}'
+            )
+    return [
+        f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for section, keys in settings.items()
+        for key, value in keys.items()
+    ]
 
 
 def _value(section: str, name: str, written: str, where: str) -> Any:

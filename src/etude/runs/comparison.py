@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etude.config.loading import check_config, key_paths, value_at
 from etude.config.yaml import scalar
 from etude.errors import UserError, command
-from etude.measure import metrics
+from etude.measure import intervals
 from etude.models import lora
 from etude.runs.folder import METRICS
 from etude.runs.listing import TUNED, cell, describe, evaluations
@@ -122,13 +122,13 @@ def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> di
     test: Any
     if all("loss" in line for line in ours + theirs):
         kind, losses = "loss", [[line["loss"] for line in lines] for lines in (ours, theirs)]
-        test = metrics.paired_losses(*losses)
+        test = intervals.paired_losses(*losses)
         better = [b - a for a, b in zip(*losses, strict=True)]
         mean, error = sum(better) / count, stats.sem(better) if count > 1 else 0.0
         low, high = stats.t.interval(LEVEL, count - 1, mean, error) if error else (mean, mean)
     elif all("predicted" in line for line in ours + theirs) and "label" in first[0]:
         kind, truth = "accuracy", [str(line.get("label")) for line in first]
-        test = metrics.mcnemar(
+        test = intervals.mcnemar(
             truth, *([line["predicted"] for line in lines] for lines in (ours, theirs))
         )
         right, wrong = test["only_first_right"], test["only_second_right"]
