@@ -12,6 +12,7 @@ from etude.chat import Talk, changed, handle
 from etude.config.schema import Generation, Lora
 from etude.console import printable
 from etude.conversation.history import Conversation
+from etude.engine import generation
 from etude.engine.generation import Response
 from etude.errors import UserError
 from etude.models import lora
@@ -54,7 +55,7 @@ def says(monkeypatch):
             on_text(reply.text)
             return [reply]
 
-        monkeypatch.setattr(chat, "generate", generate)
+        monkeypatch.setattr(generation, "generate", generate)
         return calls
 
     return install
@@ -101,7 +102,7 @@ def test_commands_on_the_state(talk, says, tmp_path, capsys):
         "/etc is what?",
         "Paris.",
     ]
-    prompt = talk.target.renderer.prompt(talk.conversation.messages[:3])
+    prompt = talk.model.target.renderer.prompt(talk.conversation.messages[:3])
     assert calls[1][0] == prompt
     handle(talk, "/undo")
     assert "Dropped: /etc is what?" in capsys.readouterr().err
@@ -163,18 +164,18 @@ def test_set_is_checked_by_the_schema(talk):
     assert talk.settings.top_k == 5
 
 
-def test_retry_varies_a_seed_and_says_so(talk, says, capsys):
+def test_retry_asks_again_and_says_when_nothing_varies(talk, says, capsys):
     calls = says("a", "b", "c", "d")
-    talk.settings = Generation(seed=7)
-    for line in ("Hello", "/retry", "/retry"):
+    talk.settings = Generation(temperature=0.5)
+    for line in ("Hello", "/retry"):
         handle(talk, line)
-    assert [settings.seed for _, settings in calls] == [7, 8, 9]
+    assert "same answer" not in capsys.readouterr().err
+    for settings in (Generation(seed=7), Generation(temperature=0)):
+        talk.settings = settings
+        handle(talk, "/retry")
+        assert "the same answer comes again" in capsys.readouterr().err
     assert len({tuple(prompt) for prompt, _ in calls}) == 1
-    assert "Seed 9 this time" in capsys.readouterr().err
-    assert [m["content"] for m in talk.conversation.messages] == ["Hello", "c"]
-    talk.settings = Generation(temperature=0)
-    handle(talk, "/retry")
-    assert "nothing varies" in capsys.readouterr().err
+    assert [m["content"] for m in talk.conversation.messages] == ["Hello", "d"]
 
 
 # --- answers ---------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_ctrl_c_keeps_the_part_that_was_written(talk, monkeypatch, capsys):
     handle(talk, "Hello")
     captured = capsys.readouterr()
     assert "stopped by Ctrl-C" in captured.err and "stays in the conversation" in captured.err
-    assert 1 <= len(talk.target.base.tokenizer.tokenize(captured.out.strip())) < 50
+    assert 1 <= len(talk.model.target.base.tokenizer.tokenize(captured.out.strip())) < 50
     assert captured.out == printable(talk.conversation.messages[-1]["content"]) + "\n"
 
 
@@ -232,7 +233,7 @@ def test_a_retry_that_fails_brings_the_former_answer_back(talk, says):
 
 def test_turns_that_are_not_sent_are_told_and_kept(talk, says, capsys):
     calls = says("x " * 50, "y " * 50, "ok")
-    talk.window = 200
+    talk.model.window = 200
     for line in ("One " * 20, "Two " * 20, "Three"):
         handle(talk, line)
     assert "turns at the beginning that were not sent: 1" in capsys.readouterr().err
@@ -302,10 +303,15 @@ def test_a_prompt_that_cannot_fit_is_told_in_a_session(talk, says, monkeypatch, 
 
 def test_one_shot_writes_the_answer_alone_to_stdout(tiny_model, tiny_target):
     by_option = run(
-        tiny_model, *ON_CPU, "--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 4
+        tiny_model,
+        *ON_CPU,
+        "--prompt",
+        "Hello",
+        "generation.temperature=0",
+        "generation.max_new_tokens=4",
     )
     by_pipe = run(tiny_model, *ON_CPU, *SHORT, stdin="Hello\n")
-    [expected] = chat.generate(
+    [expected] = generation.generate(
         tiny_target.base.model,
         tiny_target.renderer,
         [tiny_target.renderer.prompt([{"role": "user", "content": "Hello"}])],
@@ -336,7 +342,7 @@ def test_the_system_prompt_is_the_first_message(tiny_model, says):
         ([], b"\xff", "not UTF-8"),
         (["--prompt", " "], None, "--prompt: the prompt is empty"),
         (["--prompt", "\udcff"], None, "not UTF-8"),
-        (["--prompt", "x", "--temperature", "-1"], None, "generation.temperature"),
+        (["--prompt", "x", "generation.temperature=-1"], None, "generation.temperature"),
         (
             ["--prompt", "x", "generation.temprature=1"],
             None,
@@ -390,7 +396,11 @@ def test_the_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
 @pytest.mark.real
 def test_the_sample_knows_the_capital_of_france():
     result = run(
-        "smollm2-135m", *ON_CPU, "--prompt", "What is the capital of France?", "--temperature", 0
+        "smollm2-135m",
+        *ON_CPU,
+        "--prompt",
+        "What is the capital of France?",
+        "generation.temperature=0",
     )
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "The capital of France is Paris.\n"

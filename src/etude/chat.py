@@ -6,20 +6,19 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 
 from etude import console
 from etude.config.loading import parse_override
 from etude.config.schema import Generation
-from etude.conversation.history import Conversation, fit, load, save
-from etude.conversation.renderer import RenderError
-from etude.engine.generation import Response, generate
+from etude.conversation.history import Conversation, load, save
+from etude.engine.generation import Response
 from etude.errors import UserError, command, nearest, shortage
 from etude.files import expanded
-from etude.models import loading, lora
+from etude.model import Model, sampling
+from etude.models import loading
 from etude.runs import opening
 from etude.runs.folder import refuse_live
 
@@ -44,12 +43,6 @@ KEYS = (
 )
 
 
-def sampling(key: str) -> Any:
-    """The command-line option of one generation setting, explained by the schema itself."""
-    about = Generation.model_fields[key].description
-    return typer.Option(help=about, rich_help_panel="Sampling (default: the run's configuration)")
-
-
 @console.command
 def chat(
     arguments: Annotated[
@@ -63,19 +56,9 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="answer this once, on stdout")] = None,
     system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="base and tuned, in turn")] = False,
-    temperature: Annotated[float | None, sampling("temperature")] = None,
-    top_p: Annotated[float | None, sampling("top_p")] = None,
-    top_k: Annotated[int | None, sampling("top_k")] = None,
-    repetition_penalty: Annotated[float | None, sampling("repetition_penalty")] = None,
-    max_new_tokens: Annotated[int | None, sampling("max_new_tokens")] = None,
-    seed: Annotated[int | None, sampling("seed")] = None,
 ) -> None:
     """Chat with a run or a model. Text from a pipe is one prompt, answered once."""
-    options = {key: value for key, value in locals().items() if key in Generation.model_fields}
     name, overrides = console.split_arguments(arguments or [])
-    overrides += [
-        f"generation.{key}={value}" for key, value in options.items() if value is not None
-    ]
     if sys.stdout is None:
         raise UserError("stdout is closed, so no answer could be shown; leave it open")
     question = read_question(prompt)
@@ -144,39 +127,31 @@ class Talk:
                 f"--compare: {target.base.name} is a base, without an adapter to compare it with; "
                 "name a run (etude train makes one): etude chat runs/NAME --compare"
             )
-        self.target, self.conversation, self.quiet = target, conversation, quiet
-        self.compare, self.settings, self.retries = compare, target.config.generation, 0
-        if compare and target.adapter:  # unmerged, the adapter can be switched off
-            self.model = lora.load(target.base.model, target.adapter)
-        else:
-            self.model = target.tuned()
-        self.window: int | None = loading.window(self.model.config)
+        # Unmerged, the adapter can be switched off.
+        network = target.with_adapter() if compare else target.tuned()
+        self.model, self.conversation, self.quiet = Model(target, network), conversation, quiet
+        self.compare, self.settings = compare, target.config.generation
 
     def ask(self, text: str) -> Response:
         """Ask and show the answer."""
         self.conversation.ask(text)
-        self.retries = 0
-        return self.answer(self.settings)
+        return self.answer()
 
     def retry(self) -> None:
         """Ask the last question again; its former answer comes back if there is no new one."""
-        former, settings = self.conversation.take_answer(), self.settings
-        if former is not None and settings.temperature == 0:
-            say(
-                "At temperature 0 nothing varies: expect the same answer, unless a setting changed."
-            )
-        elif former is not None and settings.seed is not None:
-            self.retries += 1
-            settings = settings.model_copy(update={"seed": settings.seed + self.retries})
-            say(f"Seed {settings.seed} this time; {self.settings.seed} would give the same answer.")
+        former = self.conversation.take_answer()
+        if former is not None and (
+            self.settings.temperature == 0 or self.settings.seed is not None
+        ):
+            say("Without a temperature, or with a seed, the same answer comes again: see /set.")
         try:
-            self.answer(settings)
+            self.answer()
         finally:
             if former is not None and self.conversation.pending:
                 self.conversation.answer(former)
                 say("The former answer stays in the conversation.")
 
-    def answer(self, settings: Generation) -> Response:
+    def answer(self) -> Response:
         """Answer the pending question on stdout; if comparing, with the base first.
 
         The conversation goes on with the tuned answer, even one cut short.
@@ -185,22 +160,14 @@ class Talk:
             KeyboardInterrupt: stopped before there was anything to keep.
             UserError: the question does not fit, or the chat template refuses it.
         """
-        renderer, sent = self.target.renderer, self.conversation.sent()
-        try:
-            messages, dropped = fit(renderer, sent, self.window, settings.max_new_tokens)
-            ids = renderer.prompt(messages)
-        except RenderError as error:
-            raise UserError(f"The chat template refuses this conversation: {error}") from None
-        if dropped:
-            say(f"The window is full; turns at the beginning that were not sent: {dropped}")
         if self.compare:
             console.out.print("base:", style="bold")
-            with self.model.disable_adapter():
-                base = self._write(ids, settings)
+            with self.model.network.disable_adapter():
+                base = self._write()
             if base.interrupted:
                 raise KeyboardInterrupt
             console.out.print("\ntuned:", style="bold")
-        response = self._write(ids, settings)
+        response = self._write()
         if response.interrupted and not response.text:
             raise KeyboardInterrupt
         self.conversation.answer(response.text)
@@ -208,16 +175,18 @@ class Talk:
             say("What is above stays in the conversation; /undo drops it, /retry asks again.")
         return response
 
-    def _write(self, ids: list[int], settings: Generation) -> Response:
+    def _write(self) -> Response:
         started = time.perf_counter()
-        [response] = generate(self.model, self.target.renderer, [ids], settings, on_text=Writer())
+        response, dropped = self.model.respond(self.conversation.sent(), self.settings, Writer())
         speed = response.tokens / (time.perf_counter() - started)
         print(flush=True)
+        if dropped:
+            say(f"The window is full; turns at the beginning that were not sent: {dropped}")
         status = f"{response.tokens:,} token{'s'[: response.tokens != 1]}, {speed:.1f} tokens/s"
         if response.interrupted:
             status += "; stopped by Ctrl-C"
         elif not response.finished:
-            status += f"; stopped at max_new_tokens {settings.max_new_tokens:,}"
+            status += f"; stopped at max_new_tokens {self.settings.max_new_tokens:,}"
         if not (self.quiet and response.finished):
             say(status)
         return response
@@ -248,7 +217,7 @@ def say(text: str, style: str = "dim") -> None:
 
 def interactive(talk: Talk) -> None:
     """Read lines and act on them until /exit or Ctrl-D; no error ends the conversation."""
-    target = talk.target
+    target = talk.model.target
     name = f"{target.adapter} on {target.base.name}" if target.adapter else target.base.name
     say(f"{name}, {target.base.device.name}. /help lists the commands, Ctrl-D leaves.")
     if target.config.dataset.labels:
@@ -376,31 +345,21 @@ def handle(talk: Talk, line: str) -> bool:
 
 def changed(settings: Generation, key: str, value: str) -> Generation:
     """The settings with one changed, checked by the schema of config.yml."""
-    fields = Generation.model_fields
-    if key not in fields:
-        guess = nearest(key, fields)
-        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(fields)}"
-        raise UserError(f"/set {key}: no such setting; {hint}")
     if not value:
-        raise UserError(f"/set {key}: the value is missing ({fields[key].description})")
-    values = parse_override(f"generation.{key}={value}").values["generation"]
-    try:
-        return Generation.model_validate({**settings.model_dump(), **values})
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"].replace("Input should", "should")
-        raise UserError(f"/set {key}: {value} {problem} ({fields[key].description})") from None
+        raise UserError(f"/set {key}: the value is missing; for example: /set temperature 0.7")
+    return sampling(settings, parse_override(f"generation.{key}={value}").values["generation"])
 
 
 def system_prompt(talk: Talk) -> str:
     """The system prompt in force, for a person to read."""
     if talk.conversation.system is not None:
         return talk.conversation.system
-    return talk.target.renderer.system_prompt or "(the chat template's own)"
+    return talk.model.target.renderer.system_prompt or "(the chat template's own)"
 
 
 def overview(talk: Talk) -> str:
     """What /show tells."""
-    target, messages = talk.target, talk.conversation.messages
+    target, messages = talk.model.target, talk.conversation.messages
     tokens = len(target.renderer.prompt(talk.conversation.sent())) if messages else 0
     place = target.base.device
     rows = {
@@ -409,7 +368,7 @@ def overview(talk: Talk) -> str:
         "system": system_prompt(talk),
         **talk.settings.model_dump(),
         "history": f"{len(messages)} messages, {tokens:,} tokens"
-        + (f" of a window of {talk.window:,}" if talk.window else ""),
+        + (f" of a window of {talk.model.window:,}" if talk.model.window else ""),
     }
     return "\n".join(f"{key:<19} {value}" for key, value in rows.items())
 

@@ -13,7 +13,7 @@ from etude.conversation.history import Conversation, fit
 from etude.conversation.renderer import Message, RenderError
 from etude.data import dataset as data
 from etude.engine import generation
-from etude.errors import UserError
+from etude.errors import UserError, nearest
 from etude.measure import labels, likelihood, responses
 from etude.models import loading
 from etude.runs import evaluations, opening
@@ -175,10 +175,13 @@ def sampling(settings: Generation, changes: dict[str, Any]) -> Generation:
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][0])
-        field = Generation.model_fields.get(key)
-        allowed = field.description if field else f"there are {', '.join(Generation.model_fields)}"
-        problem = fault["msg"].replace("Input should", "should") if field else "no such setting"
-        raise UserError(f"{key}: {changes.get(key)} {problem} ({allowed})") from None
+        known = Generation.model_fields
+        if key in known:
+            problem = f"{changes[key]} {fault['msg'].replace('Input should', 'should')}"
+            raise UserError(f"{key}: {problem} ({known[key].description})") from None
+        guess = nearest(key, known)
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(known)}"
+        raise UserError(f"{key}: no such setting; {hint}") from None
 
 
 def read_table(settings: Config, source: str | None) -> data.Table:

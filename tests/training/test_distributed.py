@@ -22,7 +22,10 @@ from etude.training import trainer
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from etude import config, proof, ranks, terminal, train_with_config, trainer
+from etude import console, distributed, train_with_config
+from etude.config.loading import load_config
+from etude.runs import proof
+from etude.training import trainer
 
 proof.in_a_new_process = lambda folder: "left out"  # it has its own tests, and takes seconds
 step, passes = trainer.StepTrainer.training_step, trainer.StepTrainer._passes
@@ -31,36 +34,36 @@ rows, modes = [], sys.argv[2:]
 def noted(self, model, inputs, *more):
     rows.append([example.origin for example in inputs["examples"]])
     once = Path("killed_at")
-    if mode == "killed" and ranks.RANK == 1 and self.state.global_step == 13 and not once.exists():
+    if mode == "killed" and distributed.RANK == 1 and self.state.global_step == 13 and not once.exists():
         once.write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, model, inputs, *more)
 
 def apart(self, *arguments):
-    world, ranks.WORLD = ranks.WORLD, 1
+    world, distributed.WORLD = distributed.WORLD, 1
     try:
         return passes(self, *arguments)
     finally:
-        ranks.WORLD = world
+        distributed.WORLD = world
 
 trainer.StepTrainer.training_step = noted
-tell = terminal.tell
+tell = console.tell
 
 def interrupted(*parts):
     if mode == "killed" and "error" in str(parts[0]):
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, which may come at any moment
     tell(*parts)
 
-terminal.tell = interrupted
+console.tell = interrupted
 
-@terminal.command
+@console.command
 def main():
     global mode
     for mode in modes:
         rows.clear()
         trainer.StepTrainer._passes = apart if mode == "apart" else passes
-        train_with_config.run_training(config.load(Path(sys.argv[1]), overrides=[f"output.dir={mode}"]))
-        Path(f"{mode}-{ranks.RANK}.json").write_text(json.dumps(rows))
+        train_with_config.run_training(load_config(Path(sys.argv[1]), overrides=[f"output.dir={mode}"]))
+        Path(f"{mode}-{distributed.RANK}.json").write_text(json.dumps(rows))
 
 main()
 """

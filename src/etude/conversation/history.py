@@ -1,8 +1,6 @@
 """A conversation as it goes on: what was said, what of it fits the window, and its file."""
 
-import itertools
 import json
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -93,9 +91,7 @@ def save(conversation: Conversation, path: Path) -> None:
         data = json.dumps(asdict(conversation), ensure_ascii=False, indent=2)
         write_text(path, data, new=True)
     except FileExistsError:
-        names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-        free = next(name for name in names if not os.path.lexists(name))
-        raise UserError(f"{path} exists and is not overwritten; free is: /save {free}") from None
+        raise UserError(f"{path} exists and is not overwritten; choose another name") from None
     except (OSError, ValueError) as error:  # a name can hold what no file system takes
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written: {reason}") from None

@@ -40,8 +40,13 @@ class Target:
         """
         if self.adapter is None:
             return self.base.model
-        tuned = lora.load(self.base.model, self.adapter)
+        tuned = self.with_adapter()
         return lora.merge(tuned) if lora.mergeable(tuned) else tuned
+
+    def with_adapter(self) -> Any:
+        """The base with the adapter beside it, so that it can be switched off."""
+        assert self.adapter is not None
+        return lora.load(self.base.model, self.adapter)
 
 
 def open_config(name: str, overrides: list[str]) -> Config:
