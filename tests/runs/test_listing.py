@@ -113,7 +113,7 @@ def test_every_run_has_its_row_whatever_became_of_it(tmp_path):
         ([1] * 40, [1] * 25 + [0] * 15, "Yes: on the same 40 rows the accuracy of A is better by 37.5 points"),
         ([1] * 25 + [0] * 15, [1] * 40, "No: on the same 40 rows the accuracy of B is better by 37.5 points"),
         ([1] * 39 + [0], [1] * 38 + [0] * 2, "Cannot tell, it may be chance: on the same 40 rows"),
-        ([1] * 4, [1] * 4, "Cannot tell"),
+        ([1] * 4, [1] * 4, "Cannot tell: on the same 4 rows the accuracy of both is the same"),
     ],
 )  # fmt: skip
 def test_is_a_better_than_b_by_labels(tmp_path, monkeypatch, first, second, words):

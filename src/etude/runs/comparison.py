@@ -142,15 +142,19 @@ def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> di
 
 def _answer(test: dict[str, Any], first: Path, second: Path) -> str:
     """Whether the first is better, with the difference, its interval and the p-value."""
+    rows = f"on the same {test['rows']:,} rows the {test['kind']}"
+    if not test["difference"]:
+        return f"cannot tell: {rows} of both is the same ({p_value(test)})"
     sure = test["p_value"] <= 1 - LEVEL and not test["low"] <= 0 <= test["high"]
-    ahead = test["difference"] >= 0
+    ahead = test["difference"] > 0
     word = ("yes" if ahead else "no") if sure else "cannot tell, it may be chance"
-    scale, unit = (100, "points") if test["kind"] == "accuracy" else (1, "nats per token")
-    ends = sorted(scale * test[end] * (1 if ahead else -1) for end in ("low", "difference", "high"))
-    low, difference, high = (f"{end:.1f}" if scale == 100 else f"{end:.4f}" for end in ends)
+    points = test["kind"] == "accuracy"
+    scale = (100 if points else 1) * (1 if ahead else -1)
+    low, by, high = sorted(scale * test[end] for end in ("low", "difference", "high"))
+    unit, form = ("points", ".1f") if points else ("nats per token", ".4f")
     return (
-        f"{word}: on the same {test['rows']:,} rows the {test['kind']} of {first if ahead else second} is "
-        f"better by {difference} {unit} ({LEVEL:.0%} interval {low} to {high}; {p_value(test)})"
+        f"{word}: {rows} of {first if ahead else second} is better by {by:{form}} {unit} "
+        f"({LEVEL:.0%} interval {low:{form}} to {high:{form}}; {p_value(test)})"
     )
 
 

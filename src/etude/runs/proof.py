@@ -252,12 +252,8 @@ def compare_losses(
     training = target.config.training
     formats = {str(expected.get("dtype")), str(model.dtype).removeprefix("torch.")}
     quantized = expected.get("quantization") == "int8"  # an nf4 base is opened as nf4
-    if quantized:
-        relative, absolute = QUANTIZED
-    elif formats != {"float32"} or training.fp16 or training.bf16:
-        relative, absolute = ROUNDED
-    else:
-        relative, absolute = EXACT
+    exact = formats == {"float32"} and not (training.fp16 or training.bf16)
+    relative, absolute = QUANTIZED if quantized else EXACT if exact else ROUNDED
     if not math.isclose(loss, trained, rel_tol=relative, abs_tol=absolute):
         raise UserError(
             f"{name}: the loss of the saved adapter on the {split} examples is {loss:.6f}, and the "
