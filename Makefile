@@ -48,7 +48,7 @@ train: install ## fine-tune the sample model, compare it with its base, say what
 	@echo "  $(BIN)/etude evaluate $(RUN) --text \"What a wonderful day\""
 	@echo "  $(BIN)/etude chat $(RUN)"
 	@echo "  $(BIN)/etude chat $(RUN) --prompt \"...\""
-	@echo "  $(BIN)/etude train config.yml --preset quickstart output.dir=runs/mine lora.r=16 lora.alpha=32"
+	@echo "  $(BIN)/etude train config.yml --preset quickstart output.dir=runs/mine lora.r=16"
 
 # Two processes of one thread: most of the time goes into small tests that use one core.
 test: install ## run the tests
