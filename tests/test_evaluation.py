@@ -301,6 +301,13 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     rows = [line for line in markdown.splitlines() if line.startswith("| Define")]
     assert len(rows) == 5
     assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
+    # Every row keeps its loss, by which two runs are compared.
+    text = (run / "evaluation" / "predictions.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    won = sum(line["tuned"]["loss"] < line["base"]["loss"] for line in lines)
+    assert won == found["comparison"]["second_likelier"]
+    twice = etude("runs", run, run)
+    assert "on the same 6 rows the loss of both is the same" in " ".join(twice.output.split())
 
 
 def test_one_text_gets_a_response_its_quality_and_perplexity(tiny_model):
