@@ -697,12 +697,9 @@ def test_new_files_are_written_over_nothing(tmp_path, kind):
     before = state(tmp_path)
     result = etude("init", tmp_path / "x.json")
     assert result.exit_code == 2 and "not overwritten" in result.output
-    with pytest.raises(UserError, match=r"not overwritten; free is: /save .*x-2\.json"):
+    with pytest.raises(UserError, match="not overwritten; choose another name"):
         history.save(history.Conversation(), tmp_path / "x.json")
     assert intact(before, state(tmp_path)) and not files.leftovers(tmp_path)
-    (tmp_path / "x-2.json").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"free is: /save .*x-3\.json"):
-        history.save(history.Conversation(), tmp_path / "x.json")
 
 
 def test_writes_replace_links_themselves_have_the_usual_mode_and_never_meet(tmp_path, monkeypatch):
