@@ -110,15 +110,15 @@ def generate_transformers(target: Any, prompts: list[Any], labels: list[str]) ->
 def worker(task: str, engine: str, rows: int) -> None:
     """Do the task with one engine and print what was measured as one JSON line."""
     from etude import console
-    from etude.data import dataset as data
+    from etude.data import dataset
     from etude.runs import opening
 
     console.quiet_transformers()
     target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     settings = target.config.dataset
-    table = data.sample(data.read(str(ROOT / TEST), settings), rows, 0)
+    table = dataset.sample(dataset.read(str(ROOT / TEST), settings), rows, 0)
     labels = table.labels or []
-    prompts = [data.instruct(row.text, labels, settings) for row in table.rows]
+    prompts = [dataset.instruct(row.text, labels, settings) for row in table.rows]
     if task == "generation":
         prompts = [
             [{"role": "user", "content": f"Answer this tweet: {row.text}"}] for row in table.rows

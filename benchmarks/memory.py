@@ -70,7 +70,7 @@ def write_rows(folder: Path) -> None:
 
     from etude.config.schema import Dataset
     from etude.conversation.renderer import Renderer
-    from etude.data import dataset as data
+    from etude.data import dataset
     from etude.models import loading
 
     def write(name: str, lines: list[str]) -> None:
@@ -81,8 +81,8 @@ def write_rows(folder: Path) -> None:
         write(name, (ROOT / WORKLOADS[name]).read_text().splitlines(keepends=True))
     renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
     settings = Dataset(train=WORKLOADS["dictionary"])
-    table = data.read(str(ROOT / settings.train), settings)
-    conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
+    table = dataset.read(str(ROOT / settings.train), settings)
+    conversations = [dataset.conversation(row, table.labels, settings) for row in table.rows]
     random.Random(42).shuffle(conversations)
     rows = joined(conversations, renderer)
     write("long", [json.dumps({"messages": messages}) + "\n" for messages in rows])

@@ -46,7 +46,7 @@ def etude(*words: str) -> None:
 def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]:
     """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
     from etude import console
-    from etude.data import dataset as data
+    from etude.data import dataset
     from etude.measure import likelihood
     from etude.runs import opening
 
@@ -68,8 +68,8 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
     console.quiet_transformers()
     target = opening.open_target(str(run), ["model.dtype=float32"])
     settings = target.config
-    table = data.read(str(settings.dataset.test), settings.dataset)
-    examples, _ = data.encode(table, target.renderer, settings.dataset, "test")
+    table = dataset.read(str(settings.dataset.test), settings.dataset)
+    examples = dataset.encode(table, target.renderer, settings.dataset, "test").examples
     found = {
         "own_base_loss": results["eval_loss"],
         "losses": likelihood.sequence_losses(target.tuned(), examples, settings),

@@ -57,20 +57,20 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
 
     from etude.config.schema import Dataset
     from etude.conversation.renderer import Renderer
-    from etude.data import dataset as data
+    from etude.data import dataset
     from etude.models import loading
 
     renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
     settings = Dataset(train=WORKLOADS[workload], max_length=512)
-    table = data.read(str(ROOT / settings.train), settings)
-    conversations = [data.conversation(row, table.labels, settings) for row in table.rows]
+    table = dataset.read(str(ROOT / settings.train), settings)
+    conversations = [dataset.conversation(row, table.labels, settings) for row in table.rows]
     random.Random(SEED).shuffle(conversations)
     if workload in ("long", "full"):
         conversations = joined(conversations, renderer, *((513, 700) if workload == "full" else ()))
     if len(conversations) < rows * steps:
         raise SystemExit(f"error: {workload} has rows for {len(conversations) // rows} steps")
     rendered = [renderer.render(messages) for messages in conversations[: rows * steps]]
-    examples = [data.truncate(e, 512) if len(e) > 512 else e for e in rendered]
+    examples = [dataset.truncate(e, 512) if len(e) > 512 else e for e in rendered]
     plain = [
         {
             "ids": e.ids,

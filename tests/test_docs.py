@@ -258,16 +258,16 @@ def test_the_share_of_trained_parameters_is_right():
 
 
 def test_every_data_format_has_an_example_that_is_read(tmp_path):
-    from etude.data import dataset as data
+    from etude.data import dataset, formats
 
     (rows,) = table(TEXTS["docs/data.md"], "| format | one row |")
-    assert {of_key(cell) for cell, _ in rows} == set(data.FORMATS)
+    assert {of_key(cell) for cell, _ in rows} == set(formats.FORMATS)
     for cell, row in rows:
         file = tmp_path / f"{of_key(cell)}.jsonl"
         # A second label, for a classification needs two.
         other = row.strip("`").replace("positive", "negative")
         file.write_text(f"{row.strip('`')}\n{other}\n", encoding="utf-8")
-        assert data.read(str(file), Dataset()).format == of_key(cell)
+        assert dataset.read(str(file), Dataset()).format == of_key(cell)
 
 
 # --- files and functions ---------------------------------------------------------------------

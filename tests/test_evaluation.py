@@ -17,7 +17,7 @@ from etude import evaluation
 from etude.cli import app
 from etude.config.schema import Config, normal_label
 from etude.conversation.renderer import Example
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import generation, packing
 from etude.errors import UserError
 from etude.measure import labels as class_labels
@@ -58,8 +58,10 @@ def test_label_likelihoods_equal_brute_force(tiny):
 @pytest.mark.real
 def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
     settings = Config()
-    table = data.sample(data.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0)
-    prompts = [data.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
+    table = dataset.sample(
+        dataset.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0
+    )
+    prompts = [dataset.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
     got = likelihood.label_log_likelihoods(
         sample.base.model, sample.renderer, prompts, table.labels, settings
     )
@@ -287,7 +289,7 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     target = opening.open_target(str(run), [])
     model = target.base.model
     total = tokens = 0
-    table = data.read(f"{files}/pairs.jsonl", target.config.dataset)
+    table = dataset.read(f"{files}/pairs.jsonl", target.config.dataset)
     for row in table.rows:
         example = target.renderer.render(row.messages)
         labels = [i if s else -100 for i, s in zip(example.ids, example.supervised, strict=True)]
@@ -455,7 +457,7 @@ def test_a_model_with_nan_is_measured_by_nothing(nan_model, files, tmp_path, fil
         ("evaluate", "{}", "--text", "Well?"),
         ("evaluate", "{}", "--text", "Well?", "dataset.labels=[a, b]"),
         ("chat", "{}", "--prompt", "Well?"),
-        ("chat", "{}", "--prompt", "Well?", "--temperature", "0"),
+        ("chat", "{}", "--prompt", "Well?", "generation.temperature=0"),
     ],
 )
 def test_a_model_with_nan_answers_nothing(nan_model, command):
@@ -581,7 +583,7 @@ def test_labels_that_fill_the_window_are_blamed(gpt2, tiny_model, tmp_path):
         result = etude("validate", "--preset", "cpu", f"model.name={gpt2}", f"dataset.train={file}",
                        "dataset.test=null", f"dataset.max_length={length}")  # fmt: skip
         assert result.exit_code == 2 and re.search(said, result.output), result.output
-    few = data.room_of_labels(
+    few = dataset.room_of_labels(
         opening.open_target(str(tiny_model), ["training.use_cpu=true"]).renderer, ["a", "b"],
         Config().dataset, 512,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.errors import UserError
 from etude.models import device, loading
 from etude.runs import opening
@@ -225,7 +225,7 @@ def test_checkpoints_that_are_all_damaged_are_told(tiny_model, files, tmp_path, 
 
 def test_what_was_found_is_written_into_the_runs_configuration():
     settings = Config()
-    table = data.Table("file", "classification", [], "0", labels=["no", "yes"])
+    table = dataset.Table("file", "classification", [], "0", labels=["no", "yes"])
     place = device.choose("float32", True)
     hub = loading.Base(None, None, "some/model", "commit:abc", place)
     found = train_with_config.resolved(settings, table, hub)

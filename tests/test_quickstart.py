@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from etude.cli import app
 from etude.config.schema import Dataset, Lora
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import packing
 from etude.models import lora
 from etude.runs import opening
@@ -81,8 +81,8 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
 
 def tweets(target, rows):
     settings = Dataset(train=str(ROOT / "data/tweets_sentiment.train.jsonl"))
-    table = data.sample(data.read(settings.train, settings), rows, seed=1)
-    return data.encode(table, target.renderer, settings, "train")[0]
+    table = dataset.sample(dataset.read(settings.train, settings), rows, seed=1)
+    return dataset.encode(table, target.renderer, settings, "train").examples
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

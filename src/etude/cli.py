@@ -9,6 +9,7 @@ import typer
 from etude import chat, console, evaluation, files, train_with_config
 from etude.config.loading import check_config, to_yaml
 from etude.config.schema import Config
+from etude.data import dataset
 from etude.errors import UserError, command
 from etude.files import expanded
 from etude.models import loading
@@ -64,10 +65,10 @@ def validate(
     console.quiet_transformers()
     outline = loading.outline(settings.model.name, settings.model.revision)
     renderer = opening.renderer_for(outline, settings)
-    examples, reports = train_with_config.encode(
-        tables, renderer, settings, loading.window(outline.config)
-    )
-    train_with_config.show_data(examples, reports, outline.tokenizer)
+    window = loading.window(outline.config)
+    splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
+    train_with_config.show_data(splits, outline.tokenizer)
+    examples = {name: split.examples for name, split in splits.items()}
     planned, fits = train_with_config.make_plan(settings, outline, place, examples)
     fitting = "and the training fits" if fits else "but by the plan the training does not fit"
     console.say("result", f"valid{f', {fitting} in memory' if planned else ''}")

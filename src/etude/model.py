@@ -11,7 +11,7 @@ from etude.config.loading import as_overrides
 from etude.config.schema import Config, Generation
 from etude.conversation.history import Conversation, fit
 from etude.conversation.renderer import Message, RenderError
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import generation
 from etude.errors import UserError, nearest
 from etude.measure import labels, likelihood, responses
@@ -94,7 +94,7 @@ class Model:
     def prompt(self, text: str) -> list[Message]:
         """The messages that ask about one text: of a classification, with its instruction."""
         if self.config.dataset.labels:
-            return data.instruct(text, self.config.dataset.labels, self.config.dataset)
+            return dataset.instruct(text, self.config.dataset.labels, self.config.dataset)
         return [_user(text)]
 
     def score(self, text: str) -> dict[str, float]:
@@ -116,7 +116,9 @@ class Model:
         )
         return dict(zip(names, likelihood.softmax(scores), strict=True))
 
-    def measure(self, table: data.Table, bar: likelihood.Bar = likelihood.no_bar) -> dict[str, Any]:
+    def measure(
+        self, table: dataset.Table, bar: likelihood.Bar = likelihood.no_bar
+    ) -> dict[str, Any]:
         """Every figure of the model on one data set, and what it said to every row.
 
         Raises:
@@ -184,7 +186,7 @@ def sampling(settings: Generation, changes: dict[str, Any]) -> Generation:
         raise UserError(f"{key}: no such setting; {hint}") from None
 
 
-def read_table(settings: Config, source: str | None) -> data.Table:
+def read_table(settings: Config, source: str | None) -> dataset.Table:
     """The rows to measure, at most `evaluation.max_rows` of them.
 
     Raises:
@@ -193,13 +195,13 @@ def read_table(settings: Config, source: str | None) -> data.Table:
     source = source or settings.dataset.test
     if source is None:
         raise UserError("Nothing to measure: dataset.test is null; give a file: --data FILE")
-    table = data.read(source, settings.dataset)
+    table = dataset.read(source, settings.dataset)
     for notice in table.drops("test") + table.notices:
         log.info(notice)
     # The answer that is measured is the last one that would be trained on.
     rows = [dataclasses.replace(row, messages=row.messages[: row.answer + 1]) for row in table.rows]
     table = dataclasses.replace(table, rows=rows)
-    return data.sample(table, settings.evaluation.max_rows, settings.training.seed)
+    return dataset.sample(table, settings.evaluation.max_rows, settings.training.seed)
 
 
 def _user(text: str) -> Message:

@@ -24,8 +24,8 @@ from etude.config.loading import (
     value_at,
 )
 from etude.config.schema import Config
-from etude.conversation.renderer import Example, Renderer
-from etude.data import dataset as data
+from etude.conversation.renderer import Example
+from etude.data import dataset
 from etude.engine import packing
 from etude.errors import UserError, command, first_line, shortage
 from etude.files import expanded
@@ -161,8 +161,10 @@ def _train_in(
     if again:
         date = date_of(again["chat_format"]) or date
     renderer = opening.renderer_for(outline, settings, date)
-    examples, reports = encode(tables, renderer, settings, loading.window(outline.config))
-    show_data(examples, reports, outline.tokenizer)
+    window = loading.window(outline.config)
+    splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
+    examples = {name: split.examples for name, split in splits.items()}
+    show_data(splits, outline.tokenizer)
     planned, _ = make_plan(settings, outline, place, examples, force)
 
     base = loading.load(
@@ -210,7 +212,7 @@ def _train_in(
     del model
     device.free_memory()
     console.say("proof", proof.in_a_new_process(folder))
-    manifest = make_manifest(settings, base, renderer.state(), reports, tables, results)
+    manifest = make_manifest(settings, base, renderer.state(), splits, results)
     manifest["adapter"] = {"sha256": digest}
     write_file(folder, CARD, model_card(settings, manifest, parameters))
     with files.scratch(folder) as work:
@@ -361,7 +363,7 @@ def refuse_unless(force: bool, problem: str) -> None:
     console.notice(f"--force: {problem}")
 
 
-def check_data(manifest: dict[str, Any], tables: dict[str, data.Table]) -> None:
+def check_data(manifest: dict[str, Any], tables: dict[str, dataset.Table]) -> None:
     """Hold the rows against those that the run of `manifest` was trained on.
 
     Raises:
@@ -382,7 +384,7 @@ def start_folder(
     folder: Path,
     checkpoint: Path | None,
     settings: Config,
-    tables: dict[str, data.Table],
+    tables: dict[str, dataset.Table],
     base: loading.Base,
     force: bool,
     date: datetime.date | None = None,
@@ -424,28 +426,16 @@ def start_folder(
     write_file(folder, METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_tables(settings: Config) -> dict[str, data.Table]:
+def read_tables(settings: Config) -> dict[str, dataset.Table]:
     """The training and, if any, validation rows; prints what was found in reading them.
 
     Raises:
         UserError: data that cannot be used.
     """
-    tables, notices = data.read_splits(settings.dataset, settings.training.seed)
+    tables, notices = dataset.read_splits(settings.dataset, settings.training.seed)
     for notice in notices:
         console.notice(notice)
     return tables
-
-
-def encode(
-    tables: dict[str, data.Table], renderer: Renderer, settings: Config, window: int | None = None
-) -> tuple[dict[str, list[Example]], dict[str, data.Report]]:
-    """The examples of every split, and what became of its rows."""
-    examples, reports = {}, {}
-    for split, table in tables.items():
-        examples[split], reports[split] = data.encode(
-            table, renderer, settings.dataset, split, window
-        )
-    return examples, reports
 
 
 def make_plan(
@@ -471,17 +461,14 @@ def make_plan(
     return planned, fits
 
 
-def show_data(
-    examples: dict[str, list[Any]],
-    reports: dict[str, data.Report],
-    tokenizer: Any,
-) -> None:
+def show_data(splits: dict[str, dataset.Split], tokenizer: Any) -> None:
     """Print the fate of all rows, and two examples as the model sees them."""
-    for item in reports.values():
+    reports = [split.report for split in splits.values()]
+    for item in reports:
         drawn = f", drawn: {item.drawn}" * bool(item.drawn)
         console.say("data", f"{item.split}: {item.source} (format {item.format}{drawn})")
-    console.out.print(report.data_table(list(reports.values())))
-    for item in reports.values():
+    console.out.print(report.data_table(reports))
+    for item in reports:
         if item.labels:
             console.say(
                 "labels",
@@ -489,7 +476,7 @@ def show_data(
             )
         for notice in item.notices():
             console.notice(notice)
-    for number, example in enumerate(examples["train"][:2], 1):
+    for number, example in enumerate(splits["train"].examples[:2], 1):
         show_example(number, example, tokenizer)
 
 
@@ -500,7 +487,7 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
     """
     from rich.text import Text
 
-    stretches = list(data.spans(example, tokenizer))
+    stretches = list(dataset.spans(example, tokenizer))
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     typed = "\0".join(text for text, _, control in stretches if not control)
     mark = any(token in typed for token in special)
@@ -524,16 +511,16 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
     console.out.print()
 
 
-def resolved(settings: Config, table: data.Table, base: loading.Base) -> Config:
+def resolved(settings: Config, table: dataset.Table, base: loading.Base) -> Config:
     """The configuration with what was found written out: the labels, and the Hub's commit."""
-    dataset = settings.dataset.model_copy(update={"labels": table.labels})
+    found = settings.dataset.model_copy(update={"labels": table.labels})
     kind, _, commit = base.identity.partition(":")
     model = (
         settings.model.model_copy(update={"revision": commit})
         if kind == "commit"
         else settings.model
     )
-    return settings.model_copy(update={"dataset": dataset, "model": model})
+    return settings.model_copy(update={"dataset": found, "model": model})
 
 
 def fit(
@@ -727,8 +714,7 @@ def make_manifest(
     settings: Config,
     base: loading.Base,
     chat_format: dict[str, Any],
-    reports: dict[str, data.Report],
-    tables: dict[str, data.Table],
+    splits: dict[str, dataset.Split],
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that is needed to know how the adapter came about, as JSON values."""
@@ -739,8 +725,8 @@ def make_manifest(
         "config": settings.model_dump(mode="json"),
         "chat_format": chat_format,
         "data": {
-            split: {**dataclasses.asdict(item), "sha256": tables[split].fingerprint}
-            for split, item in reports.items()
+            name: {**dataclasses.asdict(split.report), "sha256": split.table.fingerprint}
+            for name, split in splits.items()
         },
         "results": results,
         "environment": current_environment(),

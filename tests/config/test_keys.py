@@ -10,7 +10,7 @@ import torch
 
 from etude import train_with_config
 from etude.config.loading import key_paths, load_config
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import generation
 from etude.errors import UserError
 from etude.measure import labels as class_labels
@@ -88,7 +88,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
     def tables(config):
         renderer = opening.renderer_for(base(config), config)
         return {
-            split: data.encode(table, renderer, config.dataset, split)[0]
+            split: dataset.encode(table, renderer, config.dataset, split).examples
             for split, table in train_with_config.read_tables(config).items()
         }
 

@@ -121,7 +121,7 @@ def test_a_fault_is_placed_in_the_layer_that_brought_it(write):
 
 
 def test_presets_that_ship_with_etude_load():
-    folder = Path(str(resources.files("etude") / "presets"))
+    folder = Path(str(resources.files("etude.config") / "presets"))
     names = sorted(path.stem for path in folder.glob("*.yml"))
     assert {"quickstart", "cpu", "gpu"} <= set(names)
     for name in names:

@@ -18,8 +18,8 @@ from etude import train_with_config
 from etude.config.loading import load_config
 from etude.config.schema import Dataset, normal_label
 from etude.conversation.renderer import Example, Renderer
-from etude.data import dataset as data
-from etude.data import readers
+from etude.data import dataset, formats, readers
+from etude.data import report as data_report
 from etude.errors import UserError
 from etude.measure import likelihood, responses
 from etude.model import read_table
@@ -69,12 +69,13 @@ def encoded(name, rows):
 
 def refusal(source, **options):
     with pytest.raises(UserError) as caught:
-        data.read(source, Dataset(**options))
+        dataset.read(source, Dataset(**options))
     return str(caught.value)
 
 
 def encode(table, renderer, **options):
-    return data.encode(table, renderer, Dataset(**options), "train")
+    made = dataset.encode(table, renderer, Dataset(**options), "train")
+    return made.examples, made.report
 
 
 # --- every format out of every kind of file ------------------------------------------------------
@@ -103,10 +104,12 @@ def test_every_format_from_every_file_gives_the_same_messages(write, shape, kind
     row, messages = SHAPES[shape]
     source = write(f"rows{kind}", [row, row])
 
-    table = data.read(source, Dataset(format=shape if form == "named" else "auto"))
+    table = dataset.read(source, Dataset(format=shape if form == "named" else "auto"))
 
     assert table.format == shape
-    assert [data.conversation(row, table.labels, Dataset()) for row in table.rows] == [messages] * 2
+    assert [dataset.conversation(row, table.labels, Dataset()) for row in table.rows] == [
+        messages
+    ] * 2
 
 
 @pytest.mark.parametrize("kind", readers.SUFFIXES)
@@ -114,30 +117,30 @@ def test_classification_and_text_from_every_file(write, kind):
     rows = [{"text": ASKED, "label": "bad"}, {"text": "ok {label} {text}", "label": "good"}]
     options = Dataset(instruction="{text}! One of {labels}?", labels=["good", "bad"])
 
-    table = data.read(write(f"rows{kind}", rows), options)
+    table = dataset.read(write(f"rows{kind}", rows), options)
 
     assert (table.format, table.labels) == ("classification", ["good", "bad"])
-    assert [data.conversation(row, table.labels, options) for row in table.rows] == [
+    assert [dataset.conversation(row, table.labels, options) for row in table.rows] == [
         [
             {"role": "user", "content": f"{row['text']}! One of good, bad?"},
             {"role": "assistant", "content": row["label"]},
         ]
         for row in rows
     ]
-    text = data.read(write(f"text{kind}", [{"text": ASKED}]), Dataset())
+    text = dataset.read(write(f"text{kind}", [{"text": ASKED}]), Dataset())
     assert (text.format, text.rows[0].text, text.rows[0].messages) == ("text", ASKED, [])
-    with_labels = data.read(f"rows{kind}", Dataset(format="text"))
+    with_labels = dataset.read(f"rows{kind}", Dataset(format="text"))
     assert (with_labels.format, with_labels.rows[0].label) == ("text", None)
 
 
 def test_alpaca_input_joins_the_instruction(write):
     source = write("rows.jsonl", [{"instruction": "Translate.", "input": "Ja", "output": "Yes"}])
-    assert data.read(source, Dataset()).rows[0].messages[0]["content"] == "Translate.\n\nJa"
+    assert dataset.read(source, Dataset()).rows[0].messages[0]["content"] == "Translate.\n\nJa"
 
 
 def test_quality_comes_along(write):
     rows = [{"prompt": "p", "completion": "c", "quality": word} for word in ("good", "poor", None)]
-    table = data.read(write("rows.jsonl", rows), Dataset())
+    table = dataset.read(write("rows.jsonl", rows), Dataset())
     assert [row.quality for row in table.rows] == ["good", "poor", None]
 
 
@@ -146,7 +149,7 @@ def test_columns_are_mapped_by_name(write):
         "stars.csv",
         [{"review": "Fine", "stars": 5, "text": "x"}, {"review": "Bad", "stars": 1, "text": "y"}],
     )
-    table = data.read(source, Dataset(columns={"text": "review", "label": "stars"}))
+    table = dataset.read(source, Dataset(columns={"text": "review", "label": "stars"}))
     assert [(row.text, row.label) for row in table.rows] == [("Fine", "5"), ("Bad", "1")]
     assert "did you mean label?" in refusal(source, columns={"text": "review", "lable": "stars"})
     assert "stars.csv: no row has a column grade (for label); its columns are review" in refusal(
@@ -156,23 +159,23 @@ def test_columns_are_mapped_by_name(write):
 
 def test_whole_numbers_are_labels_and_labels_are_collected(write):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": "1"}]
-    assert data.read(write("rows.jsonl", rows), Dataset()).labels == ["0", "1"]
+    assert dataset.read(write("rows.jsonl", rows), Dataset()).labels == ["0", "1"]
 
 
 def test_lines_are_those_of_the_file(write):
     jsonl = write("a.jsonl", '\n{"text": "a\u2028b"}\r\n\n{"text": "c"}')
-    assert [row.line for row in data.read(jsonl, Dataset()).rows] == [2, 4]
+    assert [row.line for row in dataset.read(jsonl, Dataset()).rows] == [2, 4]
     many = write("a.json", '\n[\n {"text":\n "a"}, {"text": "b"},\n\n{"text": "c"}]')
-    assert [row.line for row in data.read(many, Dataset()).rows] == [3, 4, 6]
+    assert [row.line for row in dataset.read(many, Dataset()).rows] == [3, 4, 6]
     table = write("a.csv", 'text,x\r\n"a\r\nb",1\r\n\r\nc\u2028d,2\r\ne,3')
-    assert [row.line for row in data.read(table, Dataset()).rows] == [2, 5, 6]
-    assert data.read(table, Dataset()).rows[1].text == "c\u2028d"
+    assert [row.line for row in dataset.read(table, Dataset()).rows] == [2, 5, 6]
+    assert dataset.read(table, Dataset()).rows[1].text == "c\u2028d"
 
 
 def test_fingerprint_is_the_files_own(write):
     source = write("a.jsonl", '{"text": "a"}\n')
     expected = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    assert data.read(source, Dataset()).fingerprint == expected
+    assert dataset.read(source, Dataset()).fingerprint == expected
 
 
 # --- columns that are nearly right, and those that change what a row means -------------------------
@@ -182,7 +185,7 @@ def test_fingerprint_is_the_files_own(write):
     "head", ["text, label", "text,Label", "\ufeff\ufeffText,LABEL ", " text\t,label", "text,label"]
 )
 def test_headers_are_compared_trimmed_and_caseless(write, head):
-    table = data.read(write("x.csv", f"{head}\na,good\n b ,bad\n"), Dataset())
+    table = dataset.read(write("x.csv", f"{head}\na,good\n b ,bad\n"), Dataset())
     assert (table.format, table.labels, table.unused) == ("classification", ["bad", "good"], {})
     assert [row.text for row in table.rows] == ["a", " b "]
 
@@ -198,7 +201,7 @@ def test_headers_are_compared_trimmed_and_caseless(write, head):
 )
 def test_names_of_every_format_are_caseless(write, shape, row):
     other = {**row, "label": "c"} if "label" in row else row
-    assert data.read(write("x.jsonl", [row, other]), Dataset()).format == shape
+    assert dataset.read(write("x.jsonl", [row, other]), Dataset()).format == shape
 
 
 def test_columns_that_become_one_are_refused(write):
@@ -206,7 +209,7 @@ def test_columns_that_become_one_are_refused(write):
     message = refusal(write("x.jsonl", [row]))
     assert "the columns 'text', 'Text' have one name but for case" in message
     rows = [row, {**row, "label": "d"}]
-    table = data.read(write("x.jsonl", rows), Dataset(columns={"text": "Text"}))
+    table = dataset.read(write("x.jsonl", rows), Dataset(columns={"text": "Text"}))
     assert [r.text for r in table.rows] == ["b", "b"]
 
 
@@ -238,10 +241,12 @@ def test_columns_that_are_nearly_right_get_a_proposal_that_works(write, names, m
     message = refusal(source)
     assert f"dataset.columns: {mapping}" in message
     proposed = load_config(None, overrides=[f"dataset.columns={mapping}"]).dataset
-    assert set(yaml.safe_load(mapping)) <= set(data.FORMATS[data.read(source, proposed).format])
+    assert set(yaml.safe_load(mapping)) <= set(
+        formats.FORMATS[dataset.read(source, proposed).format]
+    )
     if "text" in names:  # who asks for raw text gets it
         assert "dataset.format: text" in message
-        assert data.read(source, Dataset(format="text")).format == "text"
+        assert dataset.read(source, Dataset(format="text")).format == "text"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +254,7 @@ def test_columns_that_are_nearly_right_get_a_proposal_that_works(write, names, m
 )
 def test_raw_text_beside_what_is_no_answer_stays_raw_text(write, names):
     rows = [{"text": "Once upon a time", **dict.fromkeys(names, "x"), "label_id": None}]
-    table = data.read(write("x.jsonl", rows), Dataset())
+    table = dataset.read(write("x.jsonl", rows), Dataset())
     assert table.format == "text" and list(table.unused) == names
 
 
@@ -266,7 +271,7 @@ def test_turns_in_another_column_or_style_get_the_mapping(write, row, mapping):
     source = write("x.jsonl", [row])
     assert f"dataset.columns: {mapping}" in refusal(source)
     options = load_config(None, overrides=[f"dataset.columns={mapping}"]).dataset
-    assert data.read(source, options).rows[0].messages[-2:] == PAIR
+    assert dataset.read(source, options).rows[0].messages[-2:] == PAIR
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -279,7 +284,7 @@ def test_no_file_with_a_label_or_an_answer_becomes_raw_text(write, label, others
     row = {"text": "t", **dict.fromkeys(others, "x"), label: value}
     source = write("x.jsonl", [row, {**row, label: f"{value}2"}])
     try:
-        assert data.read(source, Dataset()).format != "text"
+        assert dataset.read(source, Dataset()).format != "text"
     except UserError as error:
         assert source in str(error)
 
@@ -350,7 +355,7 @@ def test_a_column_that_is_refused_takes_one_line(write):
     assert "x.jsonl:2: the column 'tools'" in message and "(49 of 50 rows: " in message
     # Rows without it can be used, but none is without a score.
     assert "'tools'" not in refusal("x.jsonl", on_bad_row="skip")
-    table = data.read("x.jsonl", Dataset(on_bad_row="skip", ignore=["score"]))
+    table = dataset.read("x.jsonl", Dataset(on_bad_row="skip", ignore=["score"]))
     assert [row.line for row in table.rows] == [1]
 
 
@@ -358,7 +363,7 @@ def test_a_column_that_is_refused_takes_one_line(write):
 def test_a_key_that_is_empty_is_not_worth_a_word(write, value):
     turn = {**PAIR[1], "tool_calls": value, "weight": value}
     row = {"messages": [PAIR[0], turn], "tools": value, "context": value, "label": value}
-    table = data.read(write("x.jsonl", [row]), Dataset())
+    table = dataset.read(write("x.jsonl", [row]), Dataset())
     assert table.rows[0].messages == PAIR and not table.rows[0].untrained
     assert (table.unused, table.notices, table.dropped) == ({}, [], {})
 
@@ -366,16 +371,16 @@ def test_a_key_that_is_empty_is_not_worth_a_word(write, value):
 def test_a_column_is_left_out_on_purpose(write):
     turns = [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]
     source = write("x.jsonl", [{"messages": turns, "Score": 3}])
-    table = data.read(source, Dataset(ignore=["score", "reasoning_content"]))
+    table = dataset.read(source, Dataset(ignore=["score", "reasoning_content"]))
     assert table.rows[0].messages == PAIR and table.unused == {}
     assert "'Score' is filled" in refusal(source, ignore=["reasoning_content"])
     chosen = write("y.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert data.read(chosen, Dataset(columns={"completion": "chosen"})).unused == {"rejected": 1}
+    assert dataset.read(chosen, Dataset(columns={"completion": "chosen"})).unused == {"rejected": 1}
 
 
 def test_one_part_of_text_is_read(write):
     turns = [{"role": "user", "content": [{"type": "text", "text": ASKED}]}, PAIR[1]]
-    assert data.read(write("x.jsonl", [{"messages": turns}]), Dataset()).rows[0].messages == PAIR
+    assert dataset.read(write("x.jsonl", [{"messages": turns}]), Dataset()).rows[0].messages == PAIR
 
 
 TALK = [
@@ -407,7 +412,7 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
             {"from": FROM[turn.pop("role")], "value": turn.pop("content"), **turn} for turn in turns
         ]
     row = {"messages" if shape == "messages" else "conversations": turns}
-    table = data.read(write("x.jsonl", [row]), Dataset())
+    table = dataset.read(write("x.jsonl", [row]), Dataset())
 
     [example], report = encode(table, renderer)
 
@@ -415,7 +420,8 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
     assert example.ids == whole.ids and table.unused == {}
     ends = "".join(f"{TALK[at]['content']}<|im_end|>" for at in learnt)
     assert (
-        "".join(text for text, counts, _ in data.spans(example, sample_tokenizer) if counts) == ends
+        "".join(text for text, counts, _ in dataset.spans(example, sample_tokenizer) if counts)
+        == ends
     )
     lengths = [len(sample_tokenizer(TALK[at]["content"]).input_ids) + 1 for at in learnt]
     assert sum(example.supervised) == report.supervised == sum(lengths)
@@ -424,8 +430,10 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
 def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tokenizer):
     renderer = Renderer(sample_tokenizer, system_prompt="Be brief.")
     turns = [*TALK[:1], {**TALK[1], "weight": 0}, *TALK[2:4]]
-    [example], _ = encode(data.read(write("x.jsonl", [{"messages": turns}]), Dataset()), renderer)
-    shown = [text for text, counts, _ in data.spans(example, sample_tokenizer) if counts]
+    [example], _ = encode(
+        dataset.read(write("x.jsonl", [{"messages": turns}]), Dataset()), renderer
+    )
+    shown = [text for text, counts, _ in dataset.spans(example, sample_tokenizer) if counts]
     assert shown == ["A second one.", "<|im_end|>"]
 
 
@@ -433,7 +441,7 @@ def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tok
 @pytest.mark.parametrize(("flag", "no", "yes"), [("weight", 0, 1), ("train", False, True)])
 def test_a_whole_row_is_left_out_by_its_weight(write, renderer, name, flag, no, yes):
     rows = [{**row, flag: no if row["completion"] == "b" else yes} for row in pairs("a", "b", "c")]
-    table = data.read(write(name, rows), Dataset())
+    table = dataset.read(write(name, rows), Dataset())
     examples, report = encode(table, renderer)
     assert len(examples) == 2 and table.unused == {}
     [(reason, lines)] = report.dropped.items()
@@ -444,7 +452,7 @@ def test_a_whole_row_is_left_out_by_its_weight(write, renderer, name, flag, no, 
 
 def test_a_weight_that_trains_no_answer_is_reported(write):
     turns = [{**PAIR[0], "train": True}, {**PAIR[1], "train": True}]
-    table = data.read(write("x.jsonl", [{"messages": turns}]), Dataset())
+    table = dataset.read(write("x.jsonl", [{"messages": turns}]), Dataset())
     assert table.unused == {"train of a turn that is no answer": 1}
 
 
@@ -476,7 +484,7 @@ def labelled(*labels):
     ],
 )  # fmt: skip
 def test_labels_are_normalised_and_what_was_joined_is_reported(write, raw, labels, notices):
-    table = data.read(write("x.jsonl", labelled(*raw)), Dataset())
+    table = dataset.read(write("x.jsonl", labelled(*raw)), Dataset())
     assert (table.labels, table.notices) == (labels, notices)
     assert [row.text for row in table.rows] == [f" t{n} " for n in range(len(raw))]
 
@@ -484,7 +492,7 @@ def test_labels_are_normalised_and_what_was_joined_is_reported(write, raw, label
 def test_labels_of_the_configuration_are_normalised_the_same_way(write):
     options = load_config(None, overrides=["dataset.labels=['good ', 'cafe\u0301']"]).dataset
     assert options.labels == ["good", "caf\u00e9"]
-    table = data.read(write("x.jsonl", labelled("good", " caf\u00e9")), options)
+    table = dataset.read(write("x.jsonl", labelled("good", " caf\u00e9")), options)
     assert [row.label for row in table.rows] == ["good", "caf\u00e9"]
     for given_labels in ("[bad, 'bad ']", "['é', 'e\u0301']"):
         with pytest.raises(UserError, match="duplicate label"):
@@ -512,11 +520,11 @@ def test_no_two_classes_render_the_same(write, sample_tokenizer, raw):
     assert trims != sample_tokenizer.chat_template
     renderer = Renderer(sample_tokenizer, trims)
     try:
-        table = data.read(write("x.jsonl", labelled(*raw)), Dataset())
+        table = dataset.read(write("x.jsonl", labelled(*raw)), Dataset())
     except UserError as error:
         assert "label" in str(error)
         return
-    data.check_labels(renderer, table.labels)
+    dataset.check_labels(renderer, table.labels)
     rendered = {
         renderer.written([TALK[0], {"role": "assistant", "content": label}])
         for label in table.labels
@@ -530,7 +538,7 @@ def test_labels_that_render_the_same_are_refused(write, sample_tokenizer, where)
         "message['content']", "message['content'] | replace('_', ' ')"
     )
     renderer = Renderer(sample_tokenizer, joins)
-    table = data.read(write("x.jsonl", labelled("very_bad", "very bad", "good")), Dataset())
+    table = dataset.read(write("x.jsonl", labelled("very_bad", "very bad", "good")), Dataset())
     prompts = [[{"role": "user", "content": "x"}]]
     with pytest.raises(UserError, match="'very bad' and 'very_bad' are one to the model"):
         if where == "encode":
@@ -549,10 +557,10 @@ def test_classes_give_their_names(write):
     made = datasets.Dataset.from_dict(rows, features=features)
     made.to_parquet("classes.parquet")
     assert "classes.parquet:3: no 'label'" in refusal("classes.parquet")
-    table = data.read("classes.parquet", Dataset(on_bad_row="skip"))
+    table = dataset.read("classes.parquet", Dataset(on_bad_row="skip"))
     assert [row.label for row in table.rows] == ["neg", "pos"] == table.labels
     plain = write("plain.parquet", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
-    assert data.read(plain, Dataset()).labels == ["0", "1"]
+    assert dataset.read(plain, Dataset()).labels == ["0", "1"]
     broken = dict(made.to_list()[0], **{"label": 0})
     import pyarrow
     import pyarrow.parquet
@@ -561,7 +569,7 @@ def test_classes_give_their_names(write):
         arrow = pyarrow.Table.from_pylist([broken, {"text": "b", "label": 1}])
         arrow = arrow.replace_schema_metadata({b"huggingface": metadata})
         pyarrow.parquet.write_table(arrow, "odd.parquet")
-        assert data.read("odd.parquet", Dataset()).labels == ["0", "1"]
+        assert dataset.read("odd.parquet", Dataset()).labels == ["0", "1"]
 
 
 def test_classes_of_a_hub_data_set_give_their_names(monkeypatch):
@@ -571,14 +579,14 @@ def test_classes_of_a_hub_data_set_give_their_names(monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": names})
     made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
-    table = data.read("owner/name", Dataset())
+    table = dataset.read("owner/name", Dataset())
     assert [row.label for row in table.rows] == ["pos", "neg"]
 
 
 def test_whole_numbers_with_a_gap_stay_whole(write):
     # As pandas writes them, where one is missing.
     source = write("x.parquet", [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}])
-    assert data.read(source, Dataset()).labels == ["0", "1"]
+    assert dataset.read(source, Dataset()).labels == ["0", "1"]
     source = write("x.parquet", [{"text": "a", "label": 1.0}, {"text": "b", "label": math.nan}])
     assert "x.parquet:2: no 'label'" in refusal(source)
 
@@ -604,7 +612,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     assert f"x.jsonl:{line}: " in message and fault in message
     assert "dataset.on_bad_row: skip" in message or "tools" in bad
 
-    table = data.read(source, Dataset(on_bad_row="skip"))
+    table = dataset.read(source, Dataset(on_bad_row="skip"))
     examples, report = encode(table, renderer)
 
     assert len(examples) == len(table.rows) == report.kept == report.rows - 1 == 2 * len(good)
@@ -613,7 +621,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     assert report.notices()[0].startswith(f"train: 1 of {report.rows} rows dropped (skipped: ")
     everything = write("y.jsonl", [bad, bad])
     with pytest.raises(UserError, match=r"y\.jsonl:[12]: "):
-        data.read(everything, Dataset(on_bad_row="skip", format=table.format))
+        dataset.read(everything, Dataset(on_bad_row="skip", format=table.format))
 
 
 @pytest.mark.parametrize(
@@ -627,7 +635,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     ],
 )  # fmt: skip
 def test_an_empty_system_turn_and_a_blank_input_are_absent(write, row):
-    table = data.read(write("x.jsonl", [row]), Dataset())
+    table = dataset.read(write("x.jsonl", [row]), Dataset())
     assert table.rows[0].messages == PAIR and table.dropped == {}
 
 
@@ -638,15 +646,15 @@ def test_two_system_prompts_are_one_too_many(write):
 
 def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
     rows = [*pairs(*"abcdefghij"), *({"prompt": n, "completion": "x"} for n in range(25))]
-    table = data.read(write("x.jsonl", rows), Dataset(on_bad_row="skip"))
-    train, validation = data.split_rows(table, 0.3, seed=1)
+    table = dataset.read(write("x.jsonl", rows), Dataset(on_bad_row="skip"))
+    train, validation = dataset.split_rows(table, 0.3, seed=1)
     _, report = encode(train, renderer)
     assert report.rows - report.kept == 25 and validation.dropped == {}
-    assert len(report.notices()) == data.LINES_SHOWN + 1
+    assert len(report.notices()) == data_report.LINES_SHOWN + 1
     assert report.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
 
 
-def test_an_evaluation_skips_and_says_so(write, capsys):
+def test_an_evaluation_skips_and_says_so(write, caplog):
     test = write("x.jsonl", [*pairs("a", "b"), {"prompt": "c", "completion": ""}])
     options = load_config(None, overrides=[f"dataset.test={test}"])
     with pytest.raises(UserError, match=r"x\.jsonl:3: completion is empty"):
@@ -655,7 +663,7 @@ def test_an_evaluation_skips_and_says_so(write, capsys):
     table = read_table(options, None)
     assert [row.line for row in table.rows] == [1, 2]
     assert table.dropped == {"skipped: completion is empty": [3]}
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(caplog.text.split())
     assert "test: 1 of 3 rows dropped (skipped: completion is empty): line 3" in said
 
 
@@ -785,7 +793,7 @@ SEPARATED = {
 
 @pytest.mark.parametrize(("name", "content", "line"), SEPARATED.values(), ids=SEPARATED)
 def test_files_of_other_programs_are_read(write, name, content, line):
-    table = data.read(write(name, content), Dataset())
+    table = dataset.read(write(name, content), Dataset())
     assert table.format == "classification"
     assert [(row.line, row.text, row.label) for row in table.rows] == [
         (line, "good, really", "yes"),
@@ -822,7 +830,7 @@ def test_files_that_are_not_read_get_the_one_thing_to_do(write, name, content, p
 def test_long_fields_are_read_and_the_limit_of_csv_stays(write):
     before = csv.field_size_limit()
     source = write("a.csv", [{"text": "a " * 100_000, "label": "x"}, {"text": "b", "label": "y"}])
-    assert [len(row.text) for row in data.read(source, Dataset()).rows] == [200_000, 1]
+    assert [len(row.text) for row in dataset.read(source, Dataset()).rows] == [200_000, 1]
     assert "at most 1,000,000 are taken" in refusal(write("b.csv", [{"text": "a" * 1_000_001}]))
     assert csv.field_size_limit() == before
 
@@ -878,7 +886,9 @@ def test_missing_file_names_the_nearest(write):
         st.text(alphabet='[]{},:"\\ud8 \n\r\x00text1ab', max_size=60).map(str.encode),
         st.lists(
             st.dictionaries(
-                st.sampled_from([*data.FORMATS["prompt_completion"], "text", "label", "messages"]),
+                st.sampled_from(
+                    [*formats.FORMATS["prompt_completion"], "text", "label", "messages"]
+                ),
                 st.recursive(
                     st.none() | st.integers() | st.text(max_size=4), st.lists, max_leaves=3
                 ),
@@ -890,7 +900,7 @@ def test_missing_file_names_the_nearest(write):
 def test_any_bytes_are_read_or_refused_in_words(write, content, kind):
     source = write(f"any{kind}", content)
     try:
-        table = data.read(source, Dataset())
+        table = dataset.read(source, Dataset())
     except UserError as error:
         assert source in str(error)
     else:
@@ -907,7 +917,7 @@ def pairs(*texts):
 def test_report_counts_every_row_with_its_line(write, renderer):
     rows = pairs("a", "b", "a", "long " * 60, "c")
     rows[3]["prompt"], rows[4]["prompt"] = "short", "long " * 60
-    table = data.read(write("rows.jsonl", rows), Dataset())
+    table = dataset.read(write("rows.jsonl", rows), Dataset())
 
     examples, report = encode(table, renderer, max_length=64)
 
@@ -928,14 +938,14 @@ def test_report_counts_every_row_with_its_line(write, renderer):
 
 
 def test_a_clean_set_gives_no_notice(write, renderer):
-    table = data.read(write("rows.jsonl", pairs("a", "b")), Dataset())
+    table = dataset.read(write("rows.jsonl", pairs("a", "b")), Dataset())
     _, report = encode(table, renderer)
     assert report.notices() == [] and (report.rows, report.kept) == (2, 2)
 
 
 def test_labels_are_counted(write, renderer):
     rows = [{"text": str(n), "label": "odd" if n % 2 else "even"} for n in range(5)]
-    _, report = encode(data.read(write("rows.jsonl", rows), Dataset()), renderer)
+    _, report = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
     assert report.labels == {"even": 3, "odd": 2}
 
 
@@ -943,14 +953,14 @@ def test_rows_that_the_template_refuses_are_dropped_by_line(write, sample_tokeni
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     renderer = Renderer(sample_tokenizer, no_system + sample_tokenizer.chat_template)
     rows = [{"messages": PAIR}, {"messages": MORE}, {"messages": PAIR[:1] + PAIR[:1] + PAIR[1:]}]
-    _, report = encode(data.read(write("rows.jsonl", rows), Dataset()), renderer)
+    _, report = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
     assert report.kept == 2
     [(reason, lines)] = report.dropped.items()
     assert lines == [2] and "no system" in reason
 
 
 def test_no_row_left_is_an_error_with_the_reasons(write, renderer):
-    table = data.read(write("rows.jsonl", pairs("a", "b")), Dataset())
+    table = dataset.read(write("rows.jsonl", pairs("a", "b")), Dataset())
     with pytest.raises(
         UserError, match=r"none of 2 rows is left for train:\n.*max_length 8.*lines 1, 2"
     ):
@@ -958,7 +968,7 @@ def test_no_row_left_is_an_error_with_the_reasons(write, renderer):
 
 
 def test_drop_mode_drops_what_is_too_long(write, renderer):
-    table = data.read(write("rows.jsonl", pairs("a", "long " * 60)), Dataset())
+    table = dataset.read(write("rows.jsonl", pairs("a", "long " * 60)), Dataset())
     examples, report = encode(table, renderer, max_length=64, overlength="drop")
     assert report.dropped == {"longer than max_length 64": [2]} and report.truncated == []
     assert [example.ids for example in examples] == [renderer.render(table.rows[0].messages).ids]
@@ -989,7 +999,7 @@ def example(ids, supervised):
 )
 def test_truncation_keeps_the_end_token(length, ids, supervised):
     whole = example([P, P, A, B, A, E, N, P, A, B, A, E, N], "0011110011110")
-    assert data.truncate(whole, length) == example(ids, supervised)
+    assert dataset.truncate(whole, length) == example(ids, supervised)
 
 
 def test_truncation_in_real_ids(write, renderer, sample_tokenizer):
@@ -1002,7 +1012,7 @@ def test_truncation_in_real_ids(write, renderer, sample_tokenizer):
             ]
         }
     ]
-    table = data.read(write("rows.jsonl", rows), Dataset())
+    table = dataset.read(write("rows.jsonl", rows), Dataset())
     whole = renderer.render(table.rows[0].messages)
 
     [cut], report = encode(table, renderer, max_length=len(whole) - 3)
@@ -1014,7 +1024,7 @@ def test_truncation_in_real_ids(write, renderer, sample_tokenizer):
 
 
 def test_raw_text_is_cut_before_its_end_token(write, renderer, sample_tokenizer):
-    table = data.read(
+    table = dataset.read(
         write("rows.jsonl", [{"text": "one two three four five six seven eight nine"}]), Dataset()
     )
     [cut], report = encode(table, renderer, max_length=8, overlength="truncate")
@@ -1033,7 +1043,7 @@ def test_pieces_give_every_token_once(length, most, begins, gap):
     bos = 1000
     ids = [bos] * begins + list(range(length))
     counted = [False] + [at != gap for at in range(1, len(ids))]
-    parts = data.pieces(Example(ids, counted), most, bos)
+    parts = dataset.pieces(Example(ids, counted), most, bos)
     lead = 1 + begins
     again = parts[0].ids + [one for part in parts[1:] for one in part.ids[lead:]]
     assert max(map(len, parts)) <= most
@@ -1050,7 +1060,7 @@ def test_pieces_give_every_token_once(length, most, begins, gap):
 
 def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
     texts = ["one two three " * 20, "short", "four five " * 9]
-    table = data.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
+    table = dataset.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
     examples, report = encode(table, renderer, max_length=16)
     for line, text in enumerate(texts, 1):
         parts = [example for example in examples if example.origin == f"rows.jsonl:{line}"]
@@ -1076,7 +1086,7 @@ def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model
     from transformers import AutoModelForCausalLM
 
     texts = ["one two three " * 20, "short", "four five " * 9]
-    table = data.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
+    table = dataset.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     settings = load_config(None, (), ["dataset.max_length=16"])
     result = responses.measure_responses(model, renderer, table, settings)
@@ -1105,7 +1115,7 @@ def test_split_is_refused_where_there_is_no_raw_text(write):
 def test_lost_tokens_are_counted(write, renderer, overlength):
     rows = pairs("a", "long " * 60)
     rows[1]["prompt"] = "short"
-    table = data.read(write("rows.jsonl", rows), Dataset())
+    table = dataset.read(write("rows.jsonl", rows), Dataset())
     examples, report = encode(table, renderer, max_length=64, overlength=overlength)
     whole = sum(len(renderer.render(row.messages)) for row in table.rows)
     assert report.lost == whole - sum(map(len, examples)) > 0
@@ -1119,7 +1129,7 @@ def test_control_tokens_in_a_row_stay_text(write, renderer, sample_tokenizer, sh
     rows = [SHAPES[shape][0]] if shape in SHAPES else labelled
     for word in ("Why?", "Indeed"):
         rows = json.loads(json.dumps(rows).replace(word, json.dumps(forged)[1:-1]))
-    table = data.read(write("rows.jsonl", rows), Dataset(format=shape))
+    table = dataset.read(write("rows.jsonl", rows), Dataset(format=shape))
 
     examples, _ = encode(table, renderer, max_length=512, special_tokens="text")
 
@@ -1131,7 +1141,7 @@ def test_control_tokens_in_a_row_stay_text(write, renderer, sample_tokenizer, sh
 
 
 def test_spans_show_what_is_supervised(renderer, sample_tokenizer):
-    shown = list(data.spans(renderer.render(PAIR), sample_tokenizer))
+    shown = list(dataset.spans(renderer.render(PAIR), sample_tokenizer))
     assert [text for text, counts, _ in shown if counts] == [TOLD, "<|im_end|>"]
     assert {text for text, _, control in shown if control} == {"<|im_start|>", "<|im_end|>"}
     assert "".join(text for text, *_ in shown).endswith(f"assistant\n{TOLD}<|im_end|>\n")
@@ -1143,7 +1153,7 @@ def test_spans_keep_the_spaces_of_sentencepiece():
     for scheme in ("first", "always", "prepend"):
         tokenizer = sentencepiece(scheme, LLAMA2)
         pair = [{"role": "user", "content": "Two  on"}, {"role": "assistant", "content": "on Two"}]
-        shown = list(data.spans(Renderer(tokenizer).render(pair), tokenizer))
+        shown = list(dataset.spans(Renderer(tokenizer).render(pair), tokenizer))
         text = "".join(text for text, *_ in shown)
         assert text == tokenizer.decode(Renderer(tokenizer).render(pair).ids)
         assert text.endswith(" on [/INST] on Two </s>")
@@ -1165,7 +1175,7 @@ CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
     ],
 )
 def test_a_file_formatted_with_control_tokens_asks_what_they_are(write, renderer, rows):
-    table = data.read(write("x.jsonl", rows), Dataset())
+    table = dataset.read(write("x.jsonl", rows), Dataset())
     with pytest.raises(UserError, match=r"spells control tokens.*=parse.*=text") as caught:
         encode(table, renderer)
     assert "lines 1, 2" in str(caught.value) or "line 1." in str(caught.value)
@@ -1177,25 +1187,25 @@ def test_a_file_formatted_with_control_tokens_asks_what_they_are(write, renderer
 def test_a_small_validation_cut_does_not_ask(write, renderer):
     """Chance puts one of a file's few such rows among the few of the cut."""
     rows = [{"text": "<|im_end|> ends a turn."}, *({"text": f"Row {n}"} for n in range(4))]
-    table = data.read(write("x.jsonl", rows), Dataset())
-    _, report = data.encode(table, renderer, Dataset(), "validation")
+    table = dataset.read(write("x.jsonl", rows), Dataset())
+    report = dataset.encode(table, renderer, Dataset(), "validation").report
     assert report.spelling == [1]
     with pytest.raises(UserError, match="spells control tokens"):
-        data.encode(table, renderer, Dataset(), "train")
+        dataset.encode(table, renderer, Dataset(), "train")
 
 
 def test_raw_text_beyond_the_window_needs_no_template_to_say_so(write, sample_tokenizer):
-    table = data.read(write("x.jsonl", [{"text": "word " * 40}]), Dataset())
+    table = dataset.read(write("x.jsonl", [{"text": "word " * 40}]), Dataset())
     bare = Renderer(sample_tokenizer, "{{ no_such() }}", strict=False)
     with pytest.raises(UserError, match="too long for the model's window of 16 tokens"):
-        data.encode(table, bare, Dataset(), "train", window=16)
+        dataset.encode(table, bare, Dataset(), "train", window=16)
 
 
 def test_a_text_that_only_mentions_a_control_token_stays_text(write, renderer):
     rows = [{"text": f"Row {n}"} for n in range(20)] + [
         {"text": "ChatML ends turns by <|im_end|>."}
     ]
-    examples, report = encode(data.read(write("x.jsonl", rows), Dataset()), renderer)
+    examples, report = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
     assert examples[-1].ids.count(2) == 1  # the end of the text
     assert report.notices() == [
         "train: 1 of 21 rows hold text that spells control tokens (<|im_end|>), encoded as plain "
@@ -1208,7 +1218,7 @@ def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
 ):
     rows = [{"text": CHAT}, {"text": "plain"}]
     examples, report = encode(
-        data.read(write("x.jsonl", rows), Dataset()), renderer, special_tokens="parse"
+        dataset.read(write("x.jsonl", rows), Dataset()), renderer, special_tokens="parse"
     )
     assert examples[0].ids == sample_tokenizer(CHAT).input_ids
     assert (examples[0].ids.count(1), examples[0].ids.count(2)) == (2, 2)
@@ -1227,7 +1237,7 @@ def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
 
 
 def test_parse_is_for_raw_text(write, renderer):
-    table = data.read(write("x.jsonl", pairs("a")), Dataset())
+    table = dataset.read(write("x.jsonl", pairs("a")), Dataset())
     with pytest.raises(UserError, match=r"parse is for raw text, and .* format prompt_completion"):
         encode(table, renderer, special_tokens="parse")
     with pytest.raises(UserError, match="parse is for format text, and the format is messages"):
@@ -1241,7 +1251,7 @@ def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer)
         {"prompt": "c", "completion": "No.<|im_end|>\n"},
         {"prompt": "d", "completion": "fine"},
     ]
-    _, report = encode(data.read(write("x.jsonl", rows), Dataset()), renderer)
+    _, report = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
     first, second = report.notices()
     assert "3 of 4 rows hold text that spells control tokens (<|im_end|>, <|im_start|>)" in first
     assert first.endswith("lines 1, 2, 3") and second.endswith("Remove it from lines 1, 3")
@@ -1272,31 +1282,31 @@ def test_printed_examples_tell_typed_control_tokens_from_real_ones(
 
 @pytest.fixture
 def table(write):
-    return data.read(write("rows.jsonl", pairs(*map(str, [*range(50), *range(10)]))), Dataset())
+    return dataset.read(write("rows.jsonl", pairs(*map(str, [*range(50), *range(10)]))), Dataset())
 
 
 def test_split_is_disjoint_complete_and_stable(table):
-    train, held = data.split_rows(table, 0.2, seed=1)
+    train, held = dataset.split_rows(table, 0.2, seed=1)
 
     assert sorted(row.line for row in train.rows + held.rows) == list(range(1, 61))
     assert not {row.key for row in train.rows} & {row.key for row in held.rows}
     assert len({row.key for row in held.rows}) == 10
     assert [row.line for row in train.rows] == sorted(row.line for row in train.rows)
-    assert data.split_rows(table, 0.2, seed=1) == (train, held)
-    assert data.split_rows(table, 0.2, seed=2) != (train, held)
-    assert data.overlap(train, held, "validation") is None
+    assert dataset.split_rows(table, 0.2, seed=1) == (train, held)
+    assert dataset.split_rows(table, 0.2, seed=2) != (train, held)
+    assert dataset.overlap(train, held, "validation") is None
 
 
 def test_no_split_where_nothing_would_be_held(table):
-    assert data.split_rows(table, 0.0, seed=1) == (table, None)
+    assert dataset.split_rows(table, 0.0, seed=1) == (table, None)
     lonely = dataclasses.replace(table, rows=table.rows[:1])
-    assert data.split_rows(lonely, 0.5, seed=1) == (lonely, None)
+    assert dataset.split_rows(lonely, 0.5, seed=1) == (lonely, None)
 
 
 def test_few_rows_still_get_a_validation_of_one(table):
     few = dataclasses.replace(table, rows=table.rows[:3])
     for share in (0.001, 0.99):
-        train, validation = data.split_rows(few, share, seed=1)
+        train, validation = dataset.split_rows(few, share, seed=1)
         assert train.rows and validation.rows
         assert len(train.rows) + len(validation.rows) == 3
 
@@ -1308,7 +1318,7 @@ def test_what_is_unused_is_counted_where_it_is_filled(write):
         for n in range(3)
     ]
     file = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert data.read(file, Dataset()).unused == {"id": 3, "name of a turn": 3}
+    assert dataset.read(file, Dataset()).unused == {"id": 3, "name of a turn": 3}
 
 
 def test_the_format_is_that_of_all_rows_not_of_the_first(write):
@@ -1316,7 +1326,7 @@ def test_the_format_is_that_of_all_rows_not_of_the_first(write):
         "x.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n{"text": "c", "label": "y"}\n'
     )
     with pytest.raises(UserError, match=r"x\.jsonl:1: no 'label'"):
-        data.read(file, Dataset())
+        dataset.read(file, Dataset())
 
 
 @pytest.mark.parametrize(
@@ -1329,18 +1339,20 @@ def test_the_format_is_that_of_all_rows_not_of_the_first(write):
     ],
 )  # fmt: skip
 def test_a_system_prompt_in_a_column_of_its_own_is_kept(write, row):
-    table = data.read(write("x.jsonl", json.dumps(row) + "\n"), Dataset())
+    table = dataset.read(write("x.jsonl", json.dumps(row) + "\n"), Dataset())
     assert [m["content"] for m in table.rows[0].messages] == ["Be brief.", "a", "b"]
     assert table.rows[0].messages[0]["role"] == "system"
 
 
 def test_sample_draws_by_seed_in_order(table):
-    some = data.sample(table, 10, seed=3)
-    assert len(some.rows) == 10 and some == data.sample(table, 10, seed=3)
-    assert some != data.sample(table, 10, seed=4)
+    some = dataset.sample(table, 10, seed=3)
+    assert len(some.rows) == 10 and some == dataset.sample(table, 10, seed=3)
+    assert some != dataset.sample(table, 10, seed=4)
     assert [row.line for row in some.rows] == sorted(row.line for row in some.rows)
     assert some.drawn == f"10 of {len(table.rows)} rows" and not table.drawn
-    assert data.sample(table, None, seed=3) is table and data.sample(table, 99, seed=3) is table
+    assert (
+        dataset.sample(table, None, seed=3) is table and dataset.sample(table, 99, seed=3) is table
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -1352,42 +1364,42 @@ def test_sample_draws_by_seed_in_order(table):
     seed=st.integers(0, 5),
 )
 def test_the_cut_of_a_classification_leaves_every_class_a_row_to_train_on(rows, share, seed):
-    made = [data.Row(n, [], f"text {text}", label) for n, (text, label) in enumerate(rows, 1)]
-    table = data.Table("x", "classification", made, "", sorted({label for _, label in rows}))
-    train, held = data.split_rows(table, share, seed)
+    made = [formats.Row(n, [], f"text {text}", label) for n, (text, label) in enumerate(rows, 1)]
+    table = dataset.Table("x", "classification", made, "", sorted({label for _, label in rows}))
+    train, held = dataset.split_rows(table, share, seed)
     cut = held.rows if held else []
     assert sorted([*train.rows, *cut], key=lambda row: row.line) == made
     assert not {row.text for row in train.rows} & {row.text for row in cut}
     assert {row.label for row in train.rows} == {row.label for row in made}
     assert len({row.text for row in cut}) <= max(1, round(len({text for text, _ in rows}) * share))
-    assert data.split_rows(table, share, seed) == (train, held)
+    assert dataset.split_rows(table, share, seed) == (train, held)
 
 
 def classified(*pairs):
-    rows = [data.Row(n, [], text, label) for n, (text, label) in enumerate(pairs, 1)]
-    return data.Table("x.jsonl", "classification", rows, "", sorted({r.label for r in rows}))
+    rows = [formats.Row(n, [], text, label) for n, (text, label) in enumerate(pairs, 1)]
+    return dataset.Table("x.jsonl", "classification", rows, "", sorted({r.label for r in rows}))
 
 
 def test_a_cut_is_stratified_and_a_class_of_one_row_stays():
     table = classified(
         *((f"t{n}", "often" if n % 10 else "seldom") for n in range(200)), ("one", "once")
     )
-    train, held = data.split_rows(table, 0.1, seed=1)
+    train, held = dataset.split_rows(table, 0.1, seed=1)
     assert Counter(row.label for row in held.rows) == {"often": 18, "seldom": 2}
     assert sum(row.label == "once" for row in train.rows) == 1
     # Every class of one row: nothing can be cut.
     alone = classified(("a", "x"), ("b", "y"), ("c", "z"))
-    assert data.split_rows(alone, 0.5, seed=1) == (alone, None)
+    assert dataset.split_rows(alone, 0.5, seed=1) == (alone, None)
     # Without classes the draw is what it was.
-    texts = [data.Row(n, [], f"t{n}") for n in range(10)]
-    _, held = data.split_rows(data.Table("x", "text", texts, ""), 0.3, seed=1)
+    texts = [formats.Row(n, [], f"t{n}") for n in range(10)]
+    _, held = dataset.split_rows(dataset.Table("x", "text", texts, ""), 0.3, seed=1)
     assert {r.line for r in held.rows} == set(random.Random(1).sample(range(10), 3))
 
 
 def test_classes_with_one_row_or_none_are_reported(renderer):
     table = classified(("a", "x"), ("b", "x"), ("c", "y"), ("c", "y"))
     table = dataclasses.replace(table, labels=["w", "x", "y", "z"])
-    _, report = data.encode(table, renderer, Dataset(), "train")
+    report = dataset.encode(table, renderer, Dataset(), "train").report
     assert report.few == {"w": 0, "y": 1, "z": 0}
     assert report.notices()[-2:] == [
         "train: no row to learn the labels 'w', 'z' from",
@@ -1395,43 +1407,43 @@ def test_classes_with_one_row_or_none_are_reported(renderer):
     ]
     # A row that is dropped for its length teaches nothing either; a held-out split needs no word.
     long = classified(("a", "x"), ("b", "x"), ("so " * 600, "y"), ("d", "z"), ("e", "z"))
-    _, report = data.encode(long, renderer, Dataset(), "train")
+    report = dataset.encode(long, renderer, Dataset(), "train").report
     assert "train: no row to learn the label 'y' from" in report.notices()
-    _, report = data.encode(table, renderer, Dataset(), "validation")
+    report = dataset.encode(table, renderer, Dataset(), "validation").report
     assert not any("to learn" in notice for notice in report.notices())
 
 
 def test_one_text_with_two_labels_is_a_contradiction(renderer):
     table = classified(("a", "x"), ("b", "y"), ("a", "y"), ("a", "x"), ("b", "y"), ("c", "x"))
-    _, report = data.encode(table, renderer, Dataset(), "train")
+    report = dataset.encode(table, renderer, Dataset(), "train").report
     assert (report.duplicates, report.contradictions) == ([4, 5], [(3, 1)])
     assert (
         "train: 1 of 6 rows have the text of another row and another label: line 3 contradicts "
         "line 1; one of each pair is wrong" in report.notices()
     )
     other = classified(("c", "y"), ("new", "x"), ("b", "y"), ("b", "x"))
-    assert data.overlap(table, other, "test") == (
+    assert dataset.overlap(table, other, "test") == (
         "test: 1 of 4 rows are in train too, so its figures flatter: line 3; test: 2 of 4 rows have "
         "the text of another row and another label: line 1 contradicts train's line 6, line 4 "
         "contradicts train's line 2; one of each pair is wrong"
     )
     # A question can have several answers, and a conversation can go on in many ways.
     talks = [
-        data.Row(
+        formats.Row(
             n,
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}],
         )
         for n, answer in enumerate(["Hello", "Hi there", "Hello"], 1)
     ]
-    assert data.repeats(talks) == ([3], [])
+    assert data_report.repeats(talks) == ([3], [])
 
 
 @pytest.mark.parametrize(("most", "share", "held"), [(50, 0.1, 5), (20, 0.5, 10), (None, 0.1, 40)])
 def test_validation_is_cut_from_the_rows_drawn(write, most, share, held):
     source = write("rows.jsonl", pairs(*map(str, range(400))))
     drawn = load_config(None, (), [f"dataset.train={source}", f"dataset.validation_split={share}"])
-    dataset = drawn.dataset.model_copy(update={"max_rows": most})
-    tables = train_with_config.read_tables(drawn.model_copy(update={"dataset": dataset}))
+    some = drawn.dataset.model_copy(update={"max_rows": most})
+    tables = train_with_config.read_tables(drawn.model_copy(update={"dataset": some}))
     assert len(tables["validation"].rows) == held
     assert len(tables["train"].rows) == (most or 400) - held
     lines = [row.line for table in tables.values() for row in table.rows]
@@ -1452,8 +1464,8 @@ def test_a_validation_of_its_own_stays_whole(write):
 
 
 def test_overlap_is_told_with_its_lines(write, table):
-    other = data.read(write("test.jsonl", pairs("new", "3", "7")), Dataset())
-    assert data.overlap(table, other, "test") == (
+    other = dataset.read(write("test.jsonl", pairs("new", "3", "7")), Dataset())
+    assert dataset.overlap(table, other, "test") == (
         "test: 2 of 3 rows are in train too, so its figures flatter: lines 2, 3"
     )
 
@@ -1469,7 +1481,7 @@ def bundled():
     )
     assert len(told) == 6 == len(list(DATA.glob("*.jsonl")))
     return {
-        name: (data.read(str(DATA / name), Dataset()), int(rows.replace(",", "")), digest)
+        name: (dataset.read(str(DATA / name), Dataset()), int(rows.replace(",", "")), digest)
         for name, rows, digest in told
     }
 
@@ -1500,9 +1512,9 @@ def test_splits_of_the_bundled_data_do_not_overlap(bundled, name):
     train, validation, test = (
         bundled[f"{name}.{split}.jsonl"][0] for split in ("train", "validation", "test")
     )
-    assert data.overlap(train, validation, "v") is data.overlap(train, test, "t") is None
-    assert data.overlap(validation, test, "t") is None
-    assert data.overlap(train, train, "t") is not None
+    assert dataset.overlap(train, validation, "v") is dataset.overlap(train, test, "t") is None
+    assert dataset.overlap(validation, test, "t") is None
+    assert dataset.overlap(train, train, "t") is not None
 
 
 def test_hub_data_set_out_of_reach(write):
@@ -1515,13 +1527,13 @@ def test_an_object_that_is_not_closed_is_reported_where_it_ends(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"\n{"text": "three"}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:2: .* at column 15"):
-        data.read(str(file), Dataset())
+        dataset.read(str(file), Dataset())
 
 
 def test_two_columns_that_say_what_is_trained_on_are_refused(write):
     rows = [{"prompt": "p", "completion": "c", "weight": 1, "Weight ": 0}]
     with pytest.raises(UserError, match=r"'weight', 'Weight ' have one name"):
-        data.read(write("x.jsonl", rows), Dataset())
+        dataset.read(write("x.jsonl", rows), Dataset())
 
 
 @pytest.mark.parametrize("text", [json.dumps, lambda rows: json.dumps(rows, indent=1)])
@@ -1531,6 +1543,6 @@ def test_bad_rows_of_one_line_count_each(tmp_path, text):
     file = tmp_path / "x.json"
     file.write_text(text(rows))
     with pytest.raises(UserError, match=r"^2 rows cannot be used"):
-        data.read(str(file), Dataset())
-    table = data.read(str(file), Dataset(on_bad_row="skip"))
+        dataset.read(str(file), Dataset())
+    table = dataset.read(str(file), Dataset(on_bad_row="skip"))
     assert len(table.rows) == 2 and sum(map(len, table.dropped.values())) == 2

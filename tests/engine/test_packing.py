@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from etude.config.schema import Dataset
 from etude.conversation.renderer import Example
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine.packing import (
     SUPERVISED_BUDGET,
     Cutter,
@@ -283,8 +283,8 @@ def test_a_window_shorter_than_the_examples_forbids_packing(model, monkeypatch):
 @pytest.mark.real
 def test_packed_losses_of_real_tweets_on_the_real_model(sample):
     settings = Dataset(max_rows=16)
-    table = data.sample(data.read(str(TWEETS), settings), 16, seed=0)
-    tweets, _ = data.encode(table, sample.renderer, settings, "train")
+    table = dataset.sample(dataset.read(str(TWEETS), settings), 16, seed=0)
+    tweets = dataset.encode(table, sample.renderer, settings, "train").examples
     assert len(tweets) == 16
     model = sample.base.model
 

@@ -19,8 +19,7 @@ from etude.config.schema import Dataset, Lora
 from etude.config.yaml import read_yaml
 from etude.conversation import bounded, history
 from etude.conversation.renderer import Renderer
-from etude.data import dataset as data
-from etude.data import readers
+from etude.data import dataset, readers
 from etude.errors import UserError
 from etude.models import loading, lora
 from etude.models.device import Device
@@ -530,7 +529,7 @@ def rows(*texts):
 def test_hostile_data(tmp_path, suffix, content, phrase):
     file = tmp_path / f"d{suffix}"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refusal(data.read, str(file), Dataset(format="auto"))
+    message = refusal(dataset.read, str(file), Dataset(format="auto"))
     assert phrase in message and len(message) < 10**4
 
 

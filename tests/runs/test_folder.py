@@ -20,7 +20,7 @@ from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
 from etude.conversation import history
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.errors import UserError
 from etude.models import device, loading, lora
 from etude.runs import evaluations, opening, plots, proof, report
@@ -121,7 +121,7 @@ THINGS = st.dictionaries(
 @pytest.fixture(scope="module")
 def program():
     """`etude train` with its own folders, locks and writes, but no model: fast enough to try often."""
-    table = data.Table("file", "text", [], "0")
+    table = dataset.Table("file", "text", [], "0")
     base = loading.Base(None, None, "m", "sha256:1", device.Device("cpu", "float32", "cpu"))
     seen = SimpleNamespace(during=lambda folder: None, checkpoints=1)
 
@@ -151,7 +151,7 @@ def program():
         patch.setattr(loading, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
         patch.setattr(opening, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
         patch.setattr(twc, "current_environment", lambda: {"libraries": {"etude": "1"}})
-        patch.setattr(twc, "encode", lambda *_: ({}, {}))
+        patch.setattr(dataset, "encode_splits", lambda *_: {})
         patch.setattr(twc, "show_data", lambda *_: None)
         patch.setattr(twc, "make_plan", lambda *_: (None, False))
         patch.setattr(loading, "load", lambda *_: base)

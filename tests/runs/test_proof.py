@@ -14,7 +14,7 @@ from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config, Lora
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.errors import UserError
 from etude.models import device, loading, lora
 from etude.runs import comparison, opening, proof
@@ -387,7 +387,7 @@ def test_the_environment_is_recorded_and_differences_are_told():
 
 def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys):
     base = loading.Base(None, None, "folder", "sha256:1", device.choose("float32", True))
-    tables = {"train": data.Table("file", "text", [], "0")}
+    tables = {"train": dataset.Table("file", "text", [], "0")}
     checkpoint = tmp_path / "checkpoint-1"
     settings = Config()
     train_with_config.start_folder(tmp_path, None, settings, tables, base, False)

@@ -22,7 +22,7 @@ from etude.config.loading import check_config, load_config, to_yaml
 from etude.config.schema import Config, Lora
 from etude.conversation import history
 from etude.conversation.renderer import Renderer
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.errors import UserError
 from etude.models import loading, lora
 from etude.runs import comparison, opening, plots, proof
@@ -207,11 +207,9 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     base = loading.Base(model, sample_tokenizer, "./x", "sha256:0", place)
     renderer = Renderer(sample_tokenizer)
     tables = train_with_config.read_tables(config)
-    _, reports = train_with_config.encode(tables, renderer, config, None)
+    splits = dataset.encode_splits(tables, renderer, config.dataset)
     results = {"steps": 1, "eval_loss": 1.0, "seconds": 1.0}
-    manifest = train_with_config.make_manifest(
-        config, base, renderer.state(), reports, tables, results
-    )
+    manifest = train_with_config.make_manifest(config, base, renderer.state(), splits, results)
     loss = {"split": "train", "data": tables["train"].fingerprint, "rows": 2, "value": 1.0}
     expected = {"tensors": 8, "sha256": "0" * 64, "dtype": "float32", "quantization": None}
     return folder, base, renderer, json.loads(json.dumps(manifest)), {**expected, "loss": loss}
@@ -395,7 +393,7 @@ def test_progress_of_another_shape_ends_in_one_sentence(tmp_path):
 
 def test_started_of_another_shape_ends_in_one_sentence(tmp_path, finished):
     _, base, _, _, _ = finished
-    tables = {"train": data.Table("file", "text", [], "0")}
+    tables = {"train": dataset.Table("file", "text", [], "0")}
     config = Config()
     checkpoint = tmp_path / "checkpoint-1"
     train_with_config.start_folder(tmp_path, None, config, tables, base, False)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config
+from etude.data import dataset
 from etude.engine import int8, packing
 from etude.errors import UserError
 from etude.models import device, loading, lora
@@ -53,7 +54,8 @@ def prepared(tiny_model, files):
         outline = loading.outline(settings.model.name)
         renderer = opening.renderer_for(outline, settings)
         tables = train_with_config.read_tables(settings)
-        return settings, outline, train_with_config.encode(tables, renderer, settings, None)[0]
+        splits = dataset.encode_splits(tables, renderer, settings.dataset)
+        return settings, outline, {name: split.examples for name, split in splits.items()}
 
     return prepare
 

@@ -14,7 +14,7 @@ import torch
 from etude import train_with_config
 from etude.config.loading import load_config
 from etude.config.schema import Config
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import packing
 from etude.errors import UserError
 from etude.files import sha256
@@ -65,7 +65,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     renderer = opening.renderer_for(base, settings)
     examples = {}
     for split, table in train_with_config.read_tables(settings).items():
-        examples[split], _ = data.encode(table, renderer, settings.dataset, split)
+        examples[split] = dataset.encode(table, renderer, settings.dataset, split).examples
     torch.manual_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name)
     if prepare:
@@ -156,8 +156,8 @@ def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
     renderer = opening.renderer_for(
         loading.load(str(tiny_model), device.choose("float32", True)), settings
     )
-    table = data.read(settings.dataset.validation, settings.dataset)
-    examples, _ = data.encode(table, renderer, settings.dataset, "validation")
+    table = dataset.read(settings.dataset.validation, settings.dataset)
+    examples = dataset.encode(table, renderer, settings.dataset, "validation").examples
     model.eval()
     with torch.no_grad():
         sums = packing.sum_by_example(model, packing.pad(examples, 2), len(examples))
@@ -230,7 +230,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
     renderer = opening.renderer_for(
         loading.load(str(tiny_model), device.choose("float32", True)), settings
     )
-    row = data.read(settings.dataset.train, settings.dataset).rows[7]
+    row = dataset.read(settings.dataset.train, settings.dataset).rows[7]
     poisoned.ids = " ".join(map(str, renderer.render(row.messages).ids))
     with pytest.raises(UserError) as raised:
         fitted(settings, files / "run", prepare=lambda model: kept.update(model=model))
@@ -255,8 +255,8 @@ def test_a_validation_or_proof_that_is_not_finite_names_its_rows(
     settings = settings_for(tiny_model, files, "training.max_steps=1", "training.warmup_steps=0")
     base = loading.load(str(tiny_model), device.choose("float32", True))
     renderer = opening.renderer_for(base, settings)
-    table = data.read(settings.dataset.validation, settings.dataset)
-    examples, _ = data.encode(table, renderer, settings.dataset, "validation")
+    table = dataset.read(settings.dataset.validation, settings.dataset)
+    examples = dataset.encode(table, renderer, settings.dataset, "validation").examples
     original = packing.token_losses
 
     def poisoned(model, batch):

@@ -1,70 +1,30 @@
-"""Files in, examples out, and a report in which every row's fate is told by line number."""
+"""Rows to examples: reading, splits, encoding, length."""
 
 import contextlib
-import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from etude.config.schema import Dataset, normal_label
+from etude.config.schema import Dataset
 from etude.conversation.renderer import Example, Message, Renderer, RenderError
-from etude.data import columns, readers
-from etude.data.columns import FORMATS, filled
+from etude.data import formats, readers
+from etude.data.formats import FORMATS, Row, filled
+from etude.data.report import (
+    LINES_SHOWN,
+    Report,
+    contradicting,
+    dropped_rows,
+    lines_of,
+    listed,
+    repeats,
+)
 from etude.errors import UserError
 
-TURN_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
-TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "function_response")
 # Where raw text is about such tokens, few rows hold them; in a formatted file all or most do.
 FREQUENT = 0.1
-LINES_SHOWN = 10
-TEXT_LIMIT = (
-    10**6
-)  # characters of one text, many times any window; a tokenizer takes seconds for it
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set in the common form.
-
-    Attributes:
-        line: its line in the file (its number, from 1, in formats without lines).
-        messages: the conversation; empty for raw text.
-        text: raw text, or the text to classify.
-        label: the class, in classification sets.
-        quality: a given judgement of the completion (good, fair, poor), where the data carries one.
-        untrained: the answers, by their index in `messages`, that are not trained on (weight 0).
-    """
-
-    line: int
-    messages: list[Message]
-    text: str = ""
-    label: str | None = None
-    quality: str | None = None
-    untrained: frozenset[int] = frozenset()
-
-    @property
-    def key(self) -> str:
-        """What makes two rows the same row."""
-        parts = [self.text, *(m[part] for m in self.messages for part in ("role", "content"))]
-        # Contents hold no NUL. A digest: the texts themselves would be held a second time.
-        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-    @property
-    def answer(self) -> int:
-        """The index of the last answer that is trained on; -1 in raw text."""
-        turns = range(len(self.messages) - 1, -1, -1)
-        answers = (at for at in turns if self.messages[at]["role"] == "assistant")
-        return next((at for at in answers if at not in self.untrained), -1)
 
 
 @dataclass(frozen=True)
@@ -91,134 +51,18 @@ class Table:
 
     def drops(self, split: str) -> list[str]:
         """Sentences about the rows that were dropped in reading."""
-        return _fates(split, self.dropped, len(self.rows) + sum(map(len, self.dropped.values())))
+        return dropped_rows(
+            split, self.dropped, len(self.rows) + sum(map(len, self.dropped.values()))
+        )
 
 
-@dataclass
-class Report:
-    """What became of every row of one split; lists hold line numbers.
+@dataclass(frozen=True)
+class Split:
+    """One split as it is trained or measured on: its rows, their examples, and every row's fate."""
 
-    Attributes:
-        contradictions: (line, earlier line) of rows with one text and two labels.
-        labels: rows kept of each class.
-        spelling: rows whose text spells control tokens, which stay text.
-        spelled: which tokens.
-        spelled_ends: rows with an answer that ends with a typed end token.
-        few: classes with one row kept, or none: how many.
-        examples: rows kept, and more where long ones were split.
-        lost: tokens of rows that were truncated, or dropped for their length.
-    """
-
-    split: str
-    source: str
-    format: str
-    rows: int
-    drawn: str = ""
-    kept: int = 0
-    examples: int = 0
-    tokens: int = 0
-    lost: int = 0
-    supervised: int = 0
-    longest: int = 0
-    truncated: list[int] = field(default_factory=list)
-    divided: list[int] = field(default_factory=list)
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    duplicates: list[int] = field(default_factory=list)
-    contradictions: list[tuple[int, int]] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-    few: dict[str, int] = field(default_factory=dict)
-
-    spelling: list[int] = field(default_factory=list)
-    spelled: list[str] = field(default_factory=list)
-    spelled_ends: list[int] = field(default_factory=list)
-
-    def drop(self, reason: str, line: int) -> None:
-        """Count a row that is not used."""
-        self.dropped.setdefault(reason, []).append(line)
-
-    def notices(self) -> list[str]:
-        """Sentences about rows changed, dropped, repeated or contradicted; empty when all is well."""
-        found = _fates(self.split, self.dropped, self.rows) + [
-            f"{self.split}: {len(lines)} of {self.rows} rows {what}: {_lines(lines)}"
-            for what, lines in (
-                ("truncated, end token kept", self.truncated),
-                (f"split, which makes {self.examples:,} examples of all rows", self.divided),
-                ("the same as an earlier row", self.duplicates),
-            )
-            if lines
-        ]
-        if self.spelling:
-            found.append(
-                f"{self.split}: {len(self.spelling)} of {self.rows} rows hold text that spells "
-                f"control tokens ({_names(self.spelled)}), encoded as plain text: "
-                f"{_lines(self.spelling)}"
-            )
-        if self.spelled_ends:
-            found.append(
-                f"{self.split}: {len(self.spelled_ends)} of {self.rows} rows have an answer that "
-                "ends with a typed end token: the model would learn to write it as text, and show "
-                f"it. Remove it from {_lines(self.spelled_ends)}"
-            )
-        if self.lost:
-            share = self.lost / (self.lost + self.tokens)
-            found.append(f"{self.split}: {self.lost:,} tokens lost beyond max_length ({share:.1%})")
-        found += contradicting(self.split, self.rows, self.contradictions)
-        for count, what in enumerate(("no row", "a single row")):
-            names = [repr(label) for label, number in self.few.items() if number == count]
-            if names and self.split == "train":
-                found.append(
-                    f"train: {what} to learn the label{'s' * (len(names) > 1)} "
-                    f"{', '.join(names[:LINES_SHOWN])}{', ...' * (len(names) > LINES_SHOWN)} from"
-                )
-        return found
-
-
-def contradicting(
-    name: str, rows: int, pairs: Sequence[tuple[int, int]], where: str = ""
-) -> list[str]:
-    """A sentence about rows of `name` with the text of another row and another label, if any.
-
-    `pairs` are their lines and those of the other rows, which are in `where`.
-    """
-    if not pairs:
-        return []
-    shown = ", ".join(
-        f"line {line} contradicts{where} line {at}" for line, at in pairs[:LINES_SHOWN]
-    )
-    return [
-        f"{name}: {len(pairs)} of {rows} rows have the text of another row and another label: "
-        f"{shown}{', ...' * (len(pairs) > LINES_SHOWN)}; one of each pair is wrong"
-    ]
-
-
-def repeats(rows: Sequence[Row]) -> tuple[list[int], list[tuple[int, int]]]:
-    """The lines of rows that repeat an earlier row, and (line, earlier line) of those that contradict one.
-
-    The same text with another label is a contradiction. The same question with another answer is
-    none: a conversation can go on in many ways.
-    """
-    seen: dict[str, dict[str | None, int]] = {}
-    duplicates: list[int] = []
-    contradictions: list[tuple[int, int]] = []
-    for row in rows:
-        labels = seen.setdefault(row.key, {})
-        if row.label in labels:
-            duplicates.append(row.line)
-        elif labels:
-            contradictions.append((row.line, next(iter(labels.values()))))
-        labels.setdefault(row.label, row.line)
-    return duplicates, contradictions
-
-
-def _fates(split: str, dropped: Mapping[str, Sequence[int]], rows: int) -> list[str]:
-    """Sentences about dropped rows, at most a screen of them."""
-    found = [
-        f"{split}: {len(lines)} of {rows} rows dropped ({reason}): {_lines(lines)}"
-        for reason, lines in dropped.items()
-    ]
-    more = sum(map(len, list(dropped.values())[LINES_SHOWN:]))
-    rest = [f"{split}: ... and {more} more of {rows} rows dropped for other reasons"] * bool(more)
-    return found[:LINES_SHOWN] + rest
+    table: Table
+    examples: list[Example]
+    report: Report
 
 
 def read_splits(settings: Dataset, seed: int) -> tuple[dict[str, Table], list[str]]:
@@ -279,8 +123,8 @@ def read(source: str, settings: Dataset) -> Table:
     """
     raw, fingerprint = readers.read(source)
     if settings.ignore:
-        raw = [(line, columns.without(values, settings.ignore)) for line, values in raw]
-    found = columns.assign(source, raw, settings)
+        raw = [(line, formats.without(values, settings.ignore)) for line, values in raw]
+    found = formats.assign(source, raw, settings)
     form = found.format
     if settings.overlength == "split" and form != "text":
         raise UserError(
@@ -299,7 +143,7 @@ def read(source: str, settings: Dataset) -> Table:
         try:
             for column, why in found.refused.items():
                 if filled(values.get(column)):
-                    raise ValueError(columns.refusal(column, why))
+                    raise ValueError(formats.refusal(column, why))
             fields = {name: values.get(column) for name, column in found.own.items()}
             missing = [
                 settings.columns.get(name, name)
@@ -312,8 +156,8 @@ def read(source: str, settings: Dataset) -> Table:
                     f"{', '.join(map(str, values)) or 'nothing'}"
                 )
             flags = {name: values.get(column) for column, name in found.flags.items()}
-            keep = not flags or columns.trained(flags, columns.ROW_FLAGS)
-            row = _CONVERT[form](line, fields)
+            keep = not flags or formats.trained(flags, formats.ROW_FLAGS)
+            row = formats.CONVERT[form](line, fields)
             if row.label is not None:
                 _check_label(row.label, settings.labels)
                 if row.label != str(fields["label"]):
@@ -326,8 +170,10 @@ def read(source: str, settings: Dataset) -> Table:
             continue
         rows.append(row)
         unused.update(name for name in found.unused if filled(values.get(name)))
-        if form in TURN_KEYS:
-            unused.update(_unused_keys(values[found.own[FORMATS[form][0]]], *TURN_KEYS[form]))
+        if form in formats.TURN_KEYS:
+            unused.update(
+                formats.unused_keys(values[found.own[FORMATS[form][0]]], *formats.TURN_KEYS[form])
+            )
     if settings.on_bad_row == "stop" or not rows:
         readers.raise_faults(
             [f"{source}:{line}: {fault}" for line, fault in faults],
@@ -416,7 +262,7 @@ def room_of_labels(renderer: Renderer, labels: Sequence[str], settings: Dataset,
 
 def encode(
     table: Table, renderer: Renderer, settings: Dataset, split: str, window: int | None = None
-) -> tuple[list[Example], Report]:
+) -> Split:
     """Render every row and bring it under `max_length`.
 
     Over-length rows are cut inside the last answer that fits, whose end token is kept, or dropped,
@@ -484,7 +330,7 @@ def encode(
         )
         advice += room_of_labels(renderer, table.labels or [], settings, window)
         raise beyond_window(list(beyond.items()), window, advice)
-    return examples, report
+    return Split(table, examples, report)
 
 
 def _fitted(
@@ -538,8 +384,8 @@ def find_spelled(table: Table, renderer: Renderer, settings: Dataset, report: Re
     if report.spelling and many and table.format == "text" and settings.special_tokens is None:
         raise UserError(
             f"{table.source}: {len(report.spelling)} of {len(table.rows)} rows hold text that spells "
-            f"control tokens of the tokenizer ({_names(report.spelled)}): "
-            f"{_lines(report.spelling)}. If the file is formatted with them, set "
+            f"control tokens of the tokenizer ({listed(report.spelled)}): "
+            f"{lines_of(report.spelling)}. If the file is formatted with them, set "
             "dataset.special_tokens=parse, and they become the tokens; if it is text about them, "
             "dataset.special_tokens=text"
         )
@@ -632,6 +478,13 @@ def _stratified(classes: Mapping[str, set[str]], count: int, draw: random.Random
     return held
 
 
+def encode_splits(
+    tables: Mapping[str, Table], renderer: Renderer, settings: Dataset, window: int | None = None
+) -> dict[str, Split]:
+    """Every table as `encode` makes it a split, by its name."""
+    return {name: encode(table, renderer, settings, name, window) for name, table in tables.items()}
+
+
 def sample(table: Table, max_rows: int | None, seed: int) -> Table:
     """At most `max_rows` rows, drawn by `seed`, in their order."""
     if max_rows is None or max_rows >= len(table.rows):
@@ -659,7 +512,7 @@ def overlap(train: Table, other: Table, name: str) -> str | None:
         found.insert(
             0,
             f"{name}: {len(lines)} of {rows} rows are in train too, so its figures flatter: "
-            f"{_lines(lines)}",
+            f"{lines_of(lines)}",
         )
     return "; ".join(found) or None
 
@@ -682,11 +535,8 @@ def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool, bool]]:
             start, before = at, whole
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
 def _refuse_columns(
-    source: str, found: columns.Columns, raw: list[readers.RawRow], all_rows: bool
+    source: str, found: formats.Columns, raw: list[readers.RawRow], all_rows: bool
 ) -> None:
     """Raise UserError for the columns that are refused; with `all_rows`, those that all rows have."""
     refused = []
@@ -694,25 +544,11 @@ def _refuse_columns(
         lines = [line for line, values in raw if filled(values.get(column))]
         if len(lines) == len(raw) or not all_rows:
             refused.append(
-                f"{source}:{lines[0]}: the column {columns.refusal(column, why)} ({len(lines):,} "
-                f"of {len(raw):,} rows: {_lines(lines)})"
+                f"{source}:{lines[0]}: the column {formats.refusal(column, why)} ({len(lines):,} "
+                f"of {len(raw):,} rows: {lines_of(lines)})"
             )
     if refused:
         raise UserError("\n".join(refused))
-
-
-def _unused_keys(turns: list[dict[str, Any]], role: str, content: str) -> Iterator[str]:
-    """Keys of turns without a use; a weight counts only in the assistant's."""
-    for turn in turns:
-        if len(turn) > 2:
-            answer = turn.get(role) in ("assistant", "gpt")
-            used = (role, content, *(columns.TURN_FLAGS if answer else ()))
-            for name, value in turn.items():
-                if columns.plain(name) not in used and filled(value):
-                    said = columns.plain(name) in columns.TURN_FLAGS
-                    # To leave out of training what never is trained on, needs no word.
-                    if not said or columns.trained({"": value}, [""]):
-                        yield f"{name} of a turn" + " that is no answer" * said
 
 
 def _check_label(label: str, labels: Sequence[str] | None) -> None:
@@ -756,195 +592,3 @@ def _labels(
     return labels, notices[:LINES_SHOWN] + [f"labels: ... and {more} more such notices"] * (
         more > 0
     )
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:LINES_SHOWN]) + ", ..." * (len(names) > LINES_SHOWN)
-
-
-def _lines(lines: Sequence[int]) -> str:
-    shown = ", ".join(map(str, lines[:LINES_SHOWN]))
-    return f"line{'s' if len(lines) > 1 else ''} {shown}" + (
-        ", ..." if len(lines) > LINES_SHOWN else ""
-    )
-
-
-# --- formats: the fields of one row, in the common form; ValueError says what is wrong -----------
-
-
-def _string(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.40})")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    if "\0" in value:
-        raise ValueError(f"{name} holds a NUL character (at {value.index(chr(0)) + 1}); remove it")
-    if len(value) > TEXT_LIMIT:
-        raise ValueError(
-            f"{name} has {len(value):,} characters, and at most {TEXT_LIMIT:,} are taken; split it"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, and no tokenizer takes it.
-        raise ValueError(
-            f"{name} holds half a character ({value[error.start]!r}); write the whole one"
-        ) from None
-    return value
-
-
-def _content(value: object, name: str) -> str:
-    """The text of a turn; OpenAI writes it as a list of parts too, of which one of text is read."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        if len(value) == 1 and value[0].get("type") == "text":
-            return _string(value[0].get("text"), name)
-        kinds = ", ".join(str(part.get("type")) for part in value)
-        raise ValueError(
-            f"{name} has {len(value)} parts ({kinds:.80}), and only text is trained on; write it "
-            "as one text"
-        )
-    return _string(value, name)
-
-
-def _turns(
-    value: object,
-    name: str,
-    role_key: str,
-    content_key: str,
-    roles: dict[str, str],
-    system: object = None,
-) -> tuple[list[Message], frozenset[int]]:
-    """The messages, after the system prompt of the row's own column, and those not trained on."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a list of turns with {role_key!r} and {content_key!r}")
-    messages = _system(system)
-    untrained = set()
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise ValueError(
-                f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}"
-            )
-        role = turn.get(role_key)
-        other = "conversations" if "from" in turn else "messages"
-        if role_key not in turn and ("from" in turn or "role" in turn):
-            raise ValueError(
-                f"{name}, turn {number}: no {role_key!r}, it has {', '.join(turn)}; such turns are "
-                f"read with dataset.columns: {{{other}: {name}}}"
-            )
-        if not isinstance(role, str) or role not in roles:
-            raise ValueError(
-                f"{name}, turn {number}: {role_key} {role!r:.40} is not one of {', '.join(roles)}"
-                + "; calls of tools are not trained on yet" * (role in TOOL_ROLES)
-            )
-        # Keys beside the two come first: an answer of tool calls alone has no content.
-        counts = len(turn) == 2 or _trained_turn(turn, f"{name}, turn {number}: ")
-        content = turn.get(content_key)
-        if roles[role] == "system" and not filled(content):
-            continue  # as good as none
-        if roles[role] == "assistant" and not counts:
-            untrained.add(len(messages))
-        if roles[role] == "system" and messages and messages[0]["role"] == "system":
-            raise ValueError(
-                f"{name}, turn {number}: a second system prompt, beside "
-                f"{'the column system' if filled(system) else 'an earlier turn'}; keep one"
-            )
-        messages.append(
-            {"role": roles[role], "content": _content(content, f"turn {number}, {content_key}")}
-        )
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{name}: the last turn must be the assistant's, for that is what is learnt"
-        )
-    return messages, frozenset(untrained)
-
-
-def _trained_turn(turn: dict[str, Any], where: str) -> bool:
-    """Whether a turn with more than its two keys is trained on."""
-    for key, value in turn.items():
-        why = columns.why_refused(key)
-        if why and filled(value):
-            raise ValueError(f"{where}{columns.refusal(key, why)}")
-    flags = {columns.plain(key): value for key, value in turn.items()}
-    return columns.trained(flags, columns.TURN_FLAGS, where)
-
-
-def _from_messages(line: int, fields: dict[str, Any]) -> Row:
-    roles = {"system": "system", "user": "user", "assistant": "assistant"}
-    messages, untrained = _turns(
-        fields["messages"], "messages", "role", "content", roles, fields.get("system")
-    )
-    return Row(line, messages, untrained=untrained)
-
-
-def _from_sharegpt(line: int, fields: dict[str, Any]) -> Row:
-    messages, untrained = _turns(
-        fields["conversations"],
-        "conversations",
-        "from",
-        "value",
-        SHAREGPT_ROLES,
-        fields.get("system"),
-    )
-    return Row(line, messages, untrained=untrained)
-
-
-def _system(value: object) -> list[Message]:
-    """The system prompt that a row carries in a column of its own, if any."""
-    return [{"role": "system", "content": _string(value, "system")}] if filled(value) else []
-
-
-def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Row:
-    messages: list[Message] = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": answer},
-    ]
-    return Row(line, messages, quality=quality)
-
-
-def _from_alpaca(line: int, fields: dict[str, Any]) -> Row:
-    prompt = _string(fields["instruction"], "instruction")
-    if filled(fields.get("input")):
-        prompt += "\n\n" + _string(fields["input"], "input")
-    row = _pair(line, prompt, _string(fields["output"], "output"))
-    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
-
-
-def _from_prompt_completion(line: int, fields: dict[str, Any]) -> Row:
-    quality = fields.get("quality") if filled(fields.get("quality")) else None
-    if quality is not None and quality not in ("good", "fair", "poor"):
-        raise ValueError(f"quality {quality!r} is not one of good, fair, poor")
-    row = _pair(
-        line,
-        _string(fields["prompt"], "prompt"),
-        _string(fields["completion"], "completion"),
-        quality,
-    )
-    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
-
-
-def _from_classification(line: int, fields: dict[str, Any]) -> Row:
-    label = fields["label"]
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)  # pandas writes whole numbers so, where one of them is missing
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise ValueError(
-            f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})"
-        )
-    label = normal_label(str(label))
-    if not label.isprintable():
-        raise ValueError(f"label {label!r:.40} holds control characters")
-    return Row(line, [], _string(fields["text"], "text"), _string(label, "label"))
-
-
-def _from_text(line: int, fields: dict[str, Any]) -> Row:
-    return Row(line, [], _string(fields["text"], "text"))
-
-
-_CONVERT: dict[str, Callable[[int, dict[str, Any]], Row]] = {
-    "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
-    "alpaca": _from_alpaca,
-    "prompt_completion": _from_prompt_completion,
-    "classification": _from_classification,
-    "text": _from_text,
-}

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from etude.config.schema import Config, normal_label
 from etude.conversation.renderer import Renderer
-from etude.data import dataset as data
+from etude.data import dataset, report
 from etude.measure import intervals, metrics, quality
 from etude.measure.likelihood import Bar, label_log_likelihoods, no_bar, softmax
 from etude.measure.responses import check_window, respond
@@ -26,13 +26,13 @@ NEGATED = re.compile(
 
 
 def measure_labels(
-    model: Any, renderer: Renderer, table: data.Table, settings: Config, bar: Bar = no_bar
+    model: Any, renderer: Renderer, table: dataset.Table, settings: Config, bar: Bar = no_bar
 ) -> dict[str, Any]:
     """Predict the label of every row and compare with the truth."""
     labels = cast(list[str], table.labels)
-    for notice in data.contradicting("test", len(table.rows), data.repeats(table.rows)[1]):
+    for notice in report.contradicting("test", len(table.rows), report.repeats(table.rows)[1]):
         log.info(notice)
-    prompts = [data.instruct(row.text, labels, settings.dataset) for row in table.rows]
+    prompts = [dataset.instruct(row.text, labels, settings.dataset) for row in table.rows]
     check_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
     if settings.evaluation.method == "likelihood":
@@ -65,7 +65,7 @@ def classify(
     return {"kind": "classification", **result, **mine}
 
 
-def judge_completions(table: data.Table, settings: Config) -> dict[str, Any]:
+def judge_completions(table: dataset.Table, settings: Config) -> dict[str, Any]:
     """Judge the given completions by the heuristics and compare with the given quality labels."""
     limits = settings.evaluation
     judgements = [

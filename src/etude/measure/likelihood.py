@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from etude.config.schema import Config
 from etude.conversation.renderer import Example, Message, Renderer, RenderError
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import packing
 from etude.errors import UserError
 from etude.models import loading
@@ -38,7 +38,7 @@ def sequence_losses(
         (one.origin or "the text", len(one)) for one in examples if window and len(one) > window
     ]
     if beyond and window:
-        raise data.beyond_window(list(dict(beyond).items()), window, "Shorten them.")
+        raise dataset.beyond_window(list(dict(beyond).items()), window, "Shorten them.")
     longest = max(map(len, examples))
     cutter = packing.Cutter.of(model, settings.evaluation.batch_size, longest, examples)
 
@@ -75,7 +75,7 @@ def label_log_likelihoods(
     Raises:
         UserError: two labels that the model would see as one, or a template that refuses a prompt.
     """
-    data.check_labels(renderer, labels)
+    dataset.check_labels(renderer, labels)
     try:
         candidates = [
             renderer.render([*prompt, {"role": "assistant", "content": label}])

@@ -9,7 +9,7 @@ from typing import Any
 
 from etude.config.schema import Config
 from etude.conversation.renderer import Example, Message, Renderer, RenderError
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import generation
 from etude.errors import UserError
 from etude.measure import metrics, quality
@@ -22,7 +22,7 @@ ANSWER_TOKENS = 16  # room after a prompt: a label and its end
 
 
 def measure_responses(
-    model: Any, renderer: Renderer, table: data.Table, settings: Config, bar: Bar = no_bar
+    model: Any, renderer: Renderer, table: dataset.Table, settings: Config, bar: Bar = no_bar
 ) -> dict[str, Any]:
     """Perplexity of the references; for conversations also greedy responses, judged and compared.
 
@@ -61,7 +61,7 @@ def measure_responses(
 
 
 def reference_losses(
-    model: Any, renderer: Renderer, table: data.Table, settings: Config, bar: Bar = no_bar
+    model: Any, renderer: Renderer, table: dataset.Table, settings: Config, bar: Bar = no_bar
 ) -> dict[str, Any]:
     """The loss and perplexity of the references, in all and row by row.
 
@@ -71,7 +71,8 @@ def reference_losses(
     # What was dropped in reading was reported then.
     whole = dataclasses.replace(table, dropped={})
     window = loading.window(model.config)
-    examples, fate = data.encode(whole, renderer, settings.dataset, "test", window)
+    split = dataset.encode(whole, renderer, settings.dataset, "test", window)
+    examples, fate = split.examples, split.report
     if fate.dropped:
         raise UserError(
             f"{table.source}: rows that cannot be measured; fix them, leave them out or raise "
@@ -144,7 +145,7 @@ def check_window(
     model: Any,
     renderer: Renderer,
     prompts: Sequence[list[Message]],
-    table: data.Table,
+    table: dataset.Table,
     settings: Config,
 ) -> None:
     """Raise UserError for prompts that leave the model no room for an answer, with their lines.
@@ -167,8 +168,8 @@ def check_window(
     ]
     if beyond:
         advice = f"Shorten them or leave them out; {room} tokens of each are room for the answer."
-        advice += data.room_of_labels(renderer, labels, settings.dataset, window)
-        raise data.beyond_window(beyond, window, advice)
+        advice += dataset.room_of_labels(renderer, labels, settings.dataset, window)
+        raise dataset.beyond_window(beyond, window, advice)
 
 
 def respond(

@@ -10,7 +10,7 @@ from typing import Any
 
 from etude.config.loading import check_config, key_paths, value_at
 from etude.config.schema import Config
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.errors import UserError, command
 from etude.files import expanded
 from etude.measure import intervals
@@ -98,7 +98,7 @@ def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
 
 
 def assemble(
-    name: str, settings: Config, table: data.Table, measured: dict[str, dict[str, Any]]
+    name: str, settings: Config, table: dataset.Table, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """report.json: what was measured on what, each model's figures, and base against tuned."""
     method = settings.evaluation.method if table.format == "classification" else "greedy"

@@ -173,9 +173,9 @@ def verify(name: str) -> tuple[str, list[str]]:
     table = tables.get(wanted["split"])
     if table and table.fingerprint == wanted["data"]:
         window = loading.window(target.base.model.config)
-        examples, _ = dataset.encode(
+        examples = dataset.encode(
             table, target.renderer, settings.dataset, wanted["split"], window
-        )
+        ).examples
         examples = examples[: wanted["rows"]]
     return examine(name, target, expected, examples), notices
 

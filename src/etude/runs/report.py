@@ -11,7 +11,8 @@ from rich.table import Table
 
 from etude import files
 from etude.config.yaml import scalar
-from etude.data.dataset import Report, Row
+from etude.data.formats import Row
+from etude.data.report import Report
 from etude.runs import markdown, plots
 
 

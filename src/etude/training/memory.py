@@ -22,7 +22,7 @@ from typing import Any
 
 from etude.config.schema import Config
 from etude.conversation.renderer import Example
-from etude.data import dataset as data
+from etude.data import dataset
 from etude.engine import packing
 from etude.errors import UserError, first_line
 from etude.models import device, lora
@@ -422,7 +422,7 @@ def _alternatives(
     if length >= 64:
         half = length // 2
         cut = {
-            split: [data.truncate(e, half) if len(e) > half else e for e in part]
+            split: [dataset.truncate(e, half) if len(e) > half else e for e in part]
             for split, part in examples.items()
         }
         cut = {split: [e for e in part if e.targets] for split, part in cut.items()}

@@ -1,15 +1,17 @@
-"""Which column of a data set is which field of a format, and what the other columns mean."""
+"""Columns to fields to conversations: the six formats, and what other columns mean."""
 
 import difflib
+import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from etude.config.schema import Dataset
+from etude.config.schema import Dataset, normal_label
 from etude.config.yaml import scalar
+from etude.conversation.renderer import Message
 from etude.errors import UserError, nearest
 
 # What each format is recognised by, the most telling first: the columns that a row must have.
@@ -99,6 +101,55 @@ _VERDICTS = (
     "label score rating verdict reward preference correct iscorrect accepted isaccepted isgood "
     "quality thumbsup thumbsdown liked"
 )
+
+
+TURN_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "function_response")
+TEXT_LIMIT = (
+    10**6
+)  # characters of one text, many times any window; a tokenizer takes seconds for it
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data set in the common form.
+
+    Attributes:
+        line: its line in the file (its number, from 1, in formats without lines).
+        messages: the conversation; empty for raw text.
+        text: raw text, or the text to classify.
+        label: the class, in classification sets.
+        quality: a given judgement of the completion (good, fair, poor), where the data carries one.
+        untrained: the answers, by their index in `messages`, that are not trained on (weight 0).
+    """
+
+    line: int
+    messages: list[Message]
+    text: str = ""
+    label: str | None = None
+    quality: str | None = None
+    untrained: frozenset[int] = frozenset()
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same row."""
+        parts = [self.text, *(m[part] for m in self.messages for part in ("role", "content"))]
+        # Contents hold no NUL. A digest: the texts themselves would be held a second time.
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def answer(self) -> int:
+        """The index of the last answer that is trained on; -1 in raw text."""
+        turns = range(len(self.messages) - 1, -1, -1)
+        answers = (at for at in turns if self.messages[at]["role"] == "assistant")
+        return next((at for at in answers if at not in self.untrained), -1)
 
 
 @dataclass(frozen=True)
@@ -369,3 +420,195 @@ def _proposal(
         if len(taken) == len(FORMATS[form]) and more:
             return written(more)
     return None
+
+
+def unused_keys(turns: list[dict[str, Any]], role: str, content: str) -> Iterator[str]:
+    """Keys of turns without a use; a weight counts only in the assistant's."""
+    for turn in turns:
+        if len(turn) > 2:
+            answer = turn.get(role) in ("assistant", "gpt")
+            used = (role, content, *(TURN_FLAGS if answer else ()))
+            for name, value in turn.items():
+                if plain(name) not in used and filled(value):
+                    said = plain(name) in TURN_FLAGS
+                    # To leave out of training what never is trained on, needs no word.
+                    if not said or trained({"": value}, [""]):
+                        yield f"{name} of a turn" + " that is no answer" * said
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.40})")
+    if not value.strip():
+        raise ValueError(f"{name} is empty")
+    if "\0" in value:
+        raise ValueError(f"{name} holds a NUL character (at {value.index(chr(0)) + 1}); remove it")
+    if len(value) > TEXT_LIMIT:
+        raise ValueError(
+            f"{name} has {len(value):,} characters, and at most {TEXT_LIMIT:,} are taken; split it"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, and no tokenizer takes it.
+        raise ValueError(
+            f"{name} holds half a character ({value[error.start]!r}); write the whole one"
+        ) from None
+    return value
+
+
+def _content(value: object, name: str) -> str:
+    """The text of a turn; OpenAI writes it as a list of parts too, of which one of text is read."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        if len(value) == 1 and value[0].get("type") == "text":
+            return _string(value[0].get("text"), name)
+        kinds = ", ".join(str(part.get("type")) for part in value)
+        raise ValueError(
+            f"{name} has {len(value)} parts ({kinds:.80}), and only text is trained on; write it "
+            "as one text"
+        )
+    return _string(value, name)
+
+
+def _turns(
+    value: object,
+    name: str,
+    role_key: str,
+    content_key: str,
+    roles: dict[str, str],
+    system: object = None,
+) -> tuple[list[Message], frozenset[int]]:
+    """The messages, after the system prompt of the row's own column, and those not trained on."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a list of turns with {role_key!r} and {content_key!r}")
+    messages = _system(system)
+    untrained = set()
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(
+                f"{name}, turn {number}: must be an object with {role_key!r} and {content_key!r}"
+            )
+        role = turn.get(role_key)
+        other = "conversations" if "from" in turn else "messages"
+        if role_key not in turn and ("from" in turn or "role" in turn):
+            raise ValueError(
+                f"{name}, turn {number}: no {role_key!r}, it has {', '.join(turn)}; such turns are "
+                f"read with dataset.columns: {{{other}: {name}}}"
+            )
+        if not isinstance(role, str) or role not in roles:
+            raise ValueError(
+                f"{name}, turn {number}: {role_key} {role!r:.40} is not one of {', '.join(roles)}"
+                + "; calls of tools are not trained on yet" * (role in TOOL_ROLES)
+            )
+        # Keys beside the two come first: an answer of tool calls alone has no content.
+        counts = len(turn) == 2 or _trained_turn(turn, f"{name}, turn {number}: ")
+        content = turn.get(content_key)
+        if roles[role] == "system" and not filled(content):
+            continue  # as good as none
+        if roles[role] == "assistant" and not counts:
+            untrained.add(len(messages))
+        if roles[role] == "system" and messages and messages[0]["role"] == "system":
+            raise ValueError(
+                f"{name}, turn {number}: a second system prompt, beside "
+                f"{'the column system' if filled(system) else 'an earlier turn'}; keep one"
+            )
+        messages.append(
+            {"role": roles[role], "content": _content(content, f"turn {number}, {content_key}")}
+        )
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{name}: the last turn must be the assistant's, for that is what is learnt"
+        )
+    return messages, frozenset(untrained)
+
+
+def _trained_turn(turn: dict[str, Any], where: str) -> bool:
+    """Whether a turn with more than its two keys is trained on."""
+    for key, value in turn.items():
+        why = why_refused(key)
+        if why and filled(value):
+            raise ValueError(f"{where}{refusal(key, why)}")
+    flags = {plain(key): value for key, value in turn.items()}
+    return trained(flags, TURN_FLAGS, where)
+
+
+def _from_messages(line: int, fields: dict[str, Any]) -> Row:
+    roles = {"system": "system", "user": "user", "assistant": "assistant"}
+    messages, untrained = _turns(
+        fields["messages"], "messages", "role", "content", roles, fields.get("system")
+    )
+    return Row(line, messages, untrained=untrained)
+
+
+def _from_sharegpt(line: int, fields: dict[str, Any]) -> Row:
+    messages, untrained = _turns(
+        fields["conversations"],
+        "conversations",
+        "from",
+        "value",
+        SHAREGPT_ROLES,
+        fields.get("system"),
+    )
+    return Row(line, messages, untrained=untrained)
+
+
+def _system(value: object) -> list[Message]:
+    """The system prompt that a row carries in a column of its own, if any."""
+    return [{"role": "system", "content": _string(value, "system")}] if filled(value) else []
+
+
+def _pair(line: int, prompt: str, answer: str, quality: str | None = None) -> Row:
+    messages: list[Message] = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer},
+    ]
+    return Row(line, messages, quality=quality)
+
+
+def _from_alpaca(line: int, fields: dict[str, Any]) -> Row:
+    prompt = _string(fields["instruction"], "instruction")
+    if filled(fields.get("input")):
+        prompt += "\n\n" + _string(fields["input"], "input")
+    row = _pair(line, prompt, _string(fields["output"], "output"))
+    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
+
+
+def _from_prompt_completion(line: int, fields: dict[str, Any]) -> Row:
+    quality = fields.get("quality") if filled(fields.get("quality")) else None
+    if quality is not None and quality not in ("good", "fair", "poor"):
+        raise ValueError(f"quality {quality!r} is not one of good, fair, poor")
+    row = _pair(
+        line,
+        _string(fields["prompt"], "prompt"),
+        _string(fields["completion"], "completion"),
+        quality,
+    )
+    return replace(row, messages=[*_system(fields.get("system")), *row.messages])
+
+
+def _from_classification(line: int, fields: dict[str, Any]) -> Row:
+    label = fields["label"]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # pandas writes whole numbers so, where one of them is missing
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise ValueError(
+            f"label must be text or a whole number, not {type(label).__name__} ({label!r:.40})"
+        )
+    label = normal_label(str(label))
+    if not label.isprintable():
+        raise ValueError(f"label {label!r:.40} holds control characters")
+    return Row(line, [], _string(fields["text"], "text"), _string(label, "label"))
+
+
+def _from_text(line: int, fields: dict[str, Any]) -> Row:
+    return Row(line, [], _string(fields["text"], "text"))
+
+
+CONVERT: dict[str, Callable[[int, dict[str, Any]], Row]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "classification": _from_classification,
+    "text": _from_text,
+}
