@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import math
 import random
 import re
@@ -654,7 +655,9 @@ def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
     assert report.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
 
 
-def test_an_evaluation_skips_and_says_so(write, caplog):
+def test_an_evaluation_skips_and_says_so(write, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
+    caplog.set_level("INFO", "etude")
     test = write("x.jsonl", [*pairs("a", "b"), {"prompt": "c", "completion": ""}])
     options = load_config(None, overrides=[f"dataset.test={test}"])
     with pytest.raises(UserError, match=r"x\.jsonl:3: completion is empty"):
