@@ -1,8 +1,10 @@
 """Etude from Python: the same figures and answers as the programs give, and nothing printed."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -88,6 +90,15 @@ def test_scores_and_figures_are_those_of_the_program(model, adapter, rows, tmp_p
     etude_program("evaluate", adapter, "--data", rows, "--out", tmp_path / "out", *SETTINGS)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["models"] == report["models"] and found["data"] == report["data"]
+
+
+def test_the_example_of_the_readme_runs(model, rows, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    monkeypatch.setattr(etude, "load", lambda run: model)
+    exec(code.replace("data/tweets_sentiment.validation.jsonl", str(rows)), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert "'good': 0." in printed[0] and 0 <= float(printed[-1]) <= 1
 
 
 def test_mistakes_are_user_errors(model, tiny_model):

@@ -355,9 +355,9 @@ def test_functions_named_exist(name):
     call = re.compile(r"([A-Za-z_][\w.]*)\(\)|\betude\.([\w.]+)\(")
     called = {name or ours for part in code for name, ours in call.findall(part)}
     classes = {m for part in code for m in re.findall(r"\b([a-z_]+\.[A-Z]\w+)\b", part)}
-    called = {name.removeprefix("etude.") for name in called}
     assert len(called) >= (30 if name == FLOW else 0)
-    unknown = {name for name in called | classes if name not in FUNCTIONS | METHODS}
+    named = {name.removeprefix("etude.") for name in called | classes}
+    unknown = named - FUNCTIONS - METHODS
     assert unknown - {"transformers.Trainer"} == set()
 
 

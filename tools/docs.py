@@ -36,7 +36,7 @@ SOURCE = ROOT / "build" / "docs"
 GUIDE = ["installation", "keys", "data", "evaluation", "chat", "run-folder", "interruption",
          "processes", "troubleshooting", "faq", "learning-path"]  # fmt: skip
 TEXTS = ["README.md", *(f"docs/{name}.md" for name in GUIDE), "PROJECT_FLOW.md", "CONTRIBUTING.md",
-         "CHANGELOG.md", "benchmarks/README.md", "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
+         "AGENTS.md", "CHANGELOG.md", "benchmarks/README.md", "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip
 LINK = re.compile(r"(\]\(<?)([^)\s>#:]+)((?:#[^)\s>]*)?>?\))")
 # Diagrams are drawn by Mermaid in the browser; with our copy, the site needs no other server.
 MERMAID = "https://registry.npmjs.org/mermaid/-/mermaid-12.3.0.tgz"
@@ -122,7 +122,7 @@ def navigation(files: dict[str, str]) -> list[object]:
         *parts,
         {"Commented code": code},
         {"Data": "data/README.md"},
-        {"Contributing": "CONTRIBUTING.md"},
+        {"Contributing": ["CONTRIBUTING.md", "AGENTS.md"]},
         {"Changes": "CHANGELOG.md"},
     ]
 

@@ -77,3 +77,6 @@ def test_every_page_has_one_place_in_the_navigation():
     assert sorted(found) == sorted([*files, "README.md"])
     guide = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
     assert sorted(re.findall(r'"(docs/[^"]+\.md)"', there)) == guide
+    assert all(f'"{name}"' in there for name in docs.TEXTS)
+    linked = re.findall(r"\]\(([\w/.-]+\.md)", (ROOT / "README.md").read_text())
+    assert set(linked) <= set(docs.TEXTS)
