@@ -1,11 +1,9 @@
-"""What a template writes around an answer, today's date, an adapter's own tokenizer, the time limit."""
+"""What a template writes around an answer, today's date and an adapter's own tokenizer."""
 
 import copy
 import datetime
-import gc
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from transformers import AutoTokenizer
 from etude import evaluation
 from etude.chat import Talk
 from etude.config.schema import Config, Generation
-from etude.conversation import bounded
 from etude.conversation.history import Conversation
 from etude.conversation.renderer import Renderer
 from etude.engine.generation import _response, _Streamer, generate
@@ -306,22 +303,3 @@ def test_an_adapters_own_tokenizer_and_template(
         str(folder), [f"model.chat_template={file}", "training.use_cpu=true"]
     )
     assert mine.renderer.template == CHATML
-
-
-# --- the time limit ------------------------------------------------------------------------------
-
-
-def test_no_garbage_is_collected_on_the_templates_time():
-    assert gc.isenabled()
-    with bounded.time_limit():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    assert bounded.why_unbounded(lambda: gc.isenabled() and sys.exit(1)) is None
-    assert bounded.why_unbounded(lambda: sys.exit(1))  # the control: this is how it would show
-    gc.disable()  # as a caller may have it
-    try:
-        with bounded.time_limit():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()

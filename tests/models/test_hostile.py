@@ -17,7 +17,7 @@ from etude import files
 from etude.cli import app
 from etude.config.schema import Dataset, Lora
 from etude.config.yaml import read_yaml
-from etude.conversation import bounded, history
+from etude.conversation import history
 from etude.conversation.renderer import Renderer
 from etude.data import dataset, readers
 from etude.errors import UserError
@@ -303,21 +303,6 @@ def test_code_of_the_hub_named_in_a_model_is_refused(model, value):
     assert "names code of the Hub" in refusal(loading.load, str(model), CPU)
 
 
-DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 28}}, {"pre_tokenizer": SPLIT}],
-    ids=["doubling", "regex"],
-)
-def test_tokenizers_must_end(model, values):
-    edit(model / "tokenizer.json", **values)
-    message = refusal(loading.load, str(model), CPU)
-    assert "its tokenizer takes more than" in message or "its tokenizer does not end" in message
-
-
 def test_generation_settings_of_a_model_are_not_its_makers(model):
     edit(model / "generation_config.json", num_beams=10**6, max_length=10**12)
     settings = loading.load(str(model), CPU).model.generation_config
@@ -411,16 +396,6 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-ENDLESS = {
-    "loops": LOOPS,
-    "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "squares": "{% set n = namespace(x=7) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "doubling": "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "product": "{{ 'x' * 10**10 }}",
-    "power": "{{ 10 ** (10 ** 10) }}",
-    "long": "{% if messages | length > 8 %}" + LOOPS + "{% endif %}",
-}
 REFUSED = {
     "range": ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -434,21 +409,6 @@ REFUSED = {
     "syntax": ("{% for %}", "refuses"),
     "parentheses": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "refuses"),
 }
-
-
-@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
-def test_templates_must_end(sample_tokenizer, text):
-    assert bounded.SECONDS < 5
-    message = refusal(Renderer, sample_tokenizer, text + CHATML)
-    assert "does not end within" in message or "MB of memory" in message
-
-
-def test_a_template_that_waits_for_certain_words_must_end_too(sample_tokenizer):
-    text = "{% if messages[0].content == 'Hi' %}" + LOOPS + "{% endif %}" + CHATML
-    renderer = Renderer(sample_tokenizer, text)
-    assert renderer.prompt([{"role": "user", "content": "Hello"}])
-    message = refusal(renderer.prompt, [{"role": "user", "content": "Hi"}])
-    assert "does not end within" in message and "model.chat_template" in message
 
 
 @pytest.mark.parametrize(("text", "phrase"), REFUSED.values(), ids=REFUSED)
