@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from etude import __main__ as command_line
 from etude import cli, console, distributed, train_with_config
 from etude.data import readers
-from etude.errors import UserError, shortage
+from etude.errors import Stopped, UserError, shortage
 from etude.models import loading, lora
 from etude.runs import opening, proof
 
@@ -195,17 +195,20 @@ def test_a_signal_ends_any_program_in_order(name, monkeypatch, capsys, tmp_path)
 
 @pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_training_ends_after_its_step(name, code, tmp_path):
-    from etude.training.trainer import Stopped
+    from etude.training.guards import SavePoints
 
-    loop = SimpleNamespace(stop=False, state=SimpleNamespace(global_step=3, max_steps=5))
-    with (
-        pytest.raises(KeyboardInterrupt, match="stopped at step 3 of 5") as stopped,
-        train_with_config.stoppable(loop, tmp_path),
-    ):
+    saves, args = SavePoints(tmp_path), SimpleNamespace(device="cpu")
+    state = SimpleNamespace(global_step=3, max_steps=5)
+    control = SimpleNamespace(should_save=False, should_evaluate=False)
+    saves.on_step_end(args, state, control)
+    saves.on_save(args, state, control)  # no signal, no stop
+    assert not control.should_save
+    with pytest.raises(Stopped, match="stopped at step 3 of 5") as stopped, saves.on_signals():
         os.kill(os.getpid(), getattr(signal, name))
-        assert loop.stop
-        raise Stopped
-    assert stopped.value.args[1] == code
+        saves.on_step_end(args, state, control)
+        assert control.should_save
+        saves.on_save(args, state, control)
+    assert stopped.value.code == code
 
 
 def test_nohup_stays(monkeypatch):
@@ -241,8 +244,8 @@ def test_a_signal_during_the_proof_ends_its_process_and_says_how_to_go_on(
     monkeypatch.setattr(subprocess, "Popen", Child)
     with pytest.raises(KeyboardInterrupt) as stopped:
         proof.in_a_new_process(tmp_path)
-    text, told = stopped.value.args
-    assert told == code
+    text = str(stopped.value)
+    assert stopped.value.code == code
     assert text.startswith("stopped during the proof") and "--resume" in text
     assert started[0].returncode == -signal.SIGKILL
 
@@ -357,7 +360,7 @@ def test_the_command_keeps_the_exit_code_of_a_signal(code, monkeypatch):
 
     @console.command
     def program():
-        raise KeyboardInterrupt("stopped", code)
+        raise Stopped("stopped", code)
 
     def stopped():
         app = typer.Typer(add_completion=False)

@@ -145,7 +145,7 @@ def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
     monkeypatch.setattr(trainer.Recorder, "on_step_end", interrupt)
     result = etude(*train_arguments(tiny_model, files, folder))
     assert result.exit_code == code
-    assert "once more to leave at once" in result.output
+    assert "once more to stop immediately" in result.output
     assert "stopped at step 3 of 5" in result.output
     assert "--resume" in result.output
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
     assert other.exit_code == 2
     assert "lora.r 64 (now 8)" in other.output
 
-    # Half a checkpoint, as a kill leaves it, and half a line in the log are passed over.
+    # Half a checkpoint, as a kill leaves it, and half a line in the log are skipped.
     (folder / "checkpoints" / "checkpoint-4").mkdir()
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "lo')
@@ -172,14 +172,16 @@ def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
 
     result = etude("train", folder / "config.yml")
     assert result.exit_code == 0, result.output
-    assert "checkpoint-4: passed over, sha256.json cannot be read" in result.output
+    assert "checkpoint-4: skipped: corrupt, sha256.json cannot be read" in result.output
     assert "checkpoint-3" in result.output
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert json.loads((folder / "manifest.json").read_text())["results"]["steps"] == 5
 
 
-def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp_path, monkeypatch):
+def test_a_second_signal_stops_immediately_and_force_goes_on(
+    tiny_model, files, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     original = trainer.StepTrainer.training_step
 
@@ -192,9 +194,9 @@ def test_a_second_signal_leaves_at_once_and_force_goes_on(tiny_model, files, tmp
     monkeypatch.setattr(trainer.StepTrainer, "training_step", twice)
     result = etude(*train_arguments(tiny_model, files, folder, "training.save_steps=1"))
     assert result.exit_code == 130
-    assert "left at once; go on with" in result.output
-    last, passed_over = checkpoints.newest(folder / CHECKPOINTS)
-    assert (checkpoints.step_of(last), passed_over) == (3, [])
+    assert "stopped immediately; go on with" in result.output
+    last, corrupt = checkpoints.newest(folder / CHECKPOINTS)
+    assert (checkpoints.step_of(last), corrupt) == (3, [])
     monkeypatch.undo()
 
     changed = ("training.save_steps=1", "training.learning_rate=0.001")

@@ -255,7 +255,9 @@ class Sweep:
             self.run()
             told, taken = self.log.read_text(), newest if hidden else before
             must(f"from {taken}\n" in told, f"{name} {what}: not resumed from {taken}")
-            must(hidden != (f"{newest}: passed over, " in told), f"{name} {what}: not said why")
+            must(
+                hidden != (f"{newest}: skipped: corrupt, " in told), f"{name} {what}: not said why"
+            )
             if hidden:
                 must(self.end()[last] != self.reference[last], f"control: {what}: no difference")
                 self.counts[f"control: {what}, sums rewritten: ends differently"] += 1

@@ -16,6 +16,7 @@ from etude.models import loading
 from etude.runs import comparison, listing, opening, proof
 from etude.runs.folder import MANIFEST, free_name, is_taken
 from etude.runs.manifest import current_environment, environment_differences, read_manifest
+from etude.training import order
 
 app = typer.Typer(
     help="Fine-tune a small language model with LoRA from one YAML file, measure it, chat with it.",
@@ -69,7 +70,8 @@ def validate(
     splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
     train_with_config.show_data(splits, outline.tokenizer)
     examples = {name: split.examples for name, split in splits.items()}
-    planned, fits = train_with_config.make_plan(settings, outline, place, examples)
+    steps = order.step_count(settings, len(examples["train"]))
+    planned, fits = train_with_config.make_plan(settings, outline, place, examples, steps)
     fitting = "and the training fits" if fits else "but by the plan the training does not fit"
     console.say("result", f"valid{f', {fitting} in memory' if planned else ''}")
 

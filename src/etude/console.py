@@ -23,7 +23,7 @@ from etude import distributed, files
 from etude.config.loading import key_paths
 from etude.config.schema import Config
 from etude.distributed import FIRST, first_to_say
-from etude.errors import UserError, causes, shortage
+from etude.errors import Stopped, UserError, causes, shortage
 from etude.files import expanded
 
 P = ParamSpec("P")
@@ -201,8 +201,8 @@ def _report(error: BaseException) -> NoReturn:
     # A library may wrap the interrupt that it met, in the middle of an import say.
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
-            tell("\n", str(cause.args[0]) if cause.args else "stopped")
-            raise typer.Exit(cause.args[1] if cause.args[1:] else INTERRUPTED) from None
+            tell("\n", str(cause) or "stopped")
+            raise typer.Exit(cause.code if isinstance(cause, Stopped) else INTERRUPTED) from None
     problem = str(error) if isinstance(error, UserError) else shortage(error)
     if not problem and isinstance(error, OSError):  # no such folder, a name too long
         problem = f"{error.filename or 'the system'}: {error.strerror or error}"

@@ -22,37 +22,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What every launcher sets for each process; with LOCAL_RANK, its number on its own machine.
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 def why_not_launched(environment: Mapping[str, str]) -> str | None:
     """What is wrong with what `environment` says of this process's place among others; None if nothing.
 
     Nothing at all, or WORLD_SIZE 1 with no RANK but 0, is one process by itself.
     """
-    told = {
-        key: environment[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if key in environment
-    }
-    if not told or (
-        {"WORLD_SIZE": "1"}.items() <= told.items() <= {"WORLD_SIZE": "1", "RANK": "0"}.items()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: environment[name] for name in names if name in environment}
+    if not given or (
+        {"WORLD_SIZE": "1"}.items() <= given.items() <= {"WORLD_SIZE": "1", "RANK": "0"}.items()
     ):
         return None
-    said = ", ".join(f"{key}={value[:40]!r}" for key, value in told.items())
-    missing = [key for key in LAUNCHED if not environment.get(key)]
-    numbers = {**told, "MASTER_PORT": environment.get("MASTER_PORT", "0")}
-    odd = [key for key, value in numbers.items() if not (value.isascii() and value.isdecimal())]
-    if missing:
-        problem = f"{said} stands in the environment without {', '.join(missing)}"
-    elif odd:
-        problem = f"{', '.join(f'{key}={numbers[key][:40]!r}' for key in odd)} in the environment is no number"
-    elif any(int(told.get(key, 0)) >= int(told["WORLD_SIZE"]) for key in ("RANK", "LOCAL_RANK")):
-        problem = f"{said} in the environment cannot be: of N processes the last one is N-1"
-    else:
-        return None
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environment.get(name)]
+    try:
+        place = {name: int(value) for name, value in given.items()}
+        int(environment.get("MASTER_PORT", ""))
+        world = place.pop("WORLD_SIZE", 0)
+        if not missing and all(0 <= number < world for number in place.values()):
+            return None
+    except ValueError:
+        pass
+    shown = [*given, *["MASTER_PORT"] * bool(environment.get("MASTER_PORT"))]
     return (
-        f"{problem}. A launcher sets these for one of several processes; they may be left over from one. "
-        f"For one process: unset {' '.join(told)}. For several: torchrun --nproc_per_node N -m "
+        f"{', '.join(f'{name}={environment[name][:40]!r}' for name in shown)} in the environment"
+        f"{' without ' * bool(missing)}{', '.join(missing)}: of N processes each has WORLD_SIZE=N, a RANK and a "
+        "LOCAL_RANK from 0 to N-1, MASTER_ADDR and MASTER_PORT. They may be left over from a launcher. For one "
+        f"process: unset {' '.join(given)}. For several: torchrun --nproc_per_node N -m "
         "etude.train_with_config CONFIG sets them all"
     )
 
@@ -64,22 +61,9 @@ FIRST = RANK == 0  # it speaks and writes for all
 one_is_gone = False  # whether another process of this training is known to have ended
 # The programs that are one process, whatever the environment says.
 ALONE = ("init", "evaluate", "chat", "verify", "reproduce")
+WAIT = 1800  # seconds that the processes of a training wait for each other
 # How long the launcher is asked who has spoken; it answers within milliseconds or is gone.
 PATIENCE = datetime.timedelta(seconds=5)
-
-
-# By these, `accelerate launch` tells how the model itself is to be spread over the processes.
-SPREAD = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
-}
-
-
-# By these, mpirun gives a number of processes, which accelerate would take up on a CPU.
-MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-WAIT = 1800  # seconds that the processes of a training wait for each other
 
 
 def check(program: str) -> None:
@@ -99,9 +83,49 @@ def check(program: str) -> None:
         )
 
 
+def check_launcher(mixed_precision: str) -> None:
+    """Refuse what a launcher asks for and the trainer would not do, or do wrong.
+
+    `mixed_precision` is the configuration's: no, fp16 or bf16.
+
+    Raises:
+        UserError: a model spread over the processes, another number format than the configuration's,
+            or processes that mpirun started.
+    """
+    spread = [
+        key
+        for key in os.environ
+        if re.fullmatch("ACCELERATE_USE_(FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG)", key)
+        and os.environ[key].lower() == "true"
+    ]
+    if spread:
+        raise UserError(
+            f"{spread[0]}=true in the environment, from `accelerate launch`: Etude gives each process the whole "
+            "base and shares out the rows. Use torchrun, or `accelerate launch --multi_gpu`; where the base "
+            "does not fit, model.quantization: int8 or nf4 holds it in a quarter or an eighth of its memory"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", mixed_precision):
+        raise UserError(
+            f"accelerate launch: --mixed_precision {precision}, but the configuration says {mixed_precision}. "
+            "Leave it to the configuration: --mixed_precision no, and training.fp16 or training.bf16"
+        )
+    # accelerate would take these up on a CPU, and each process train by itself.
+    mpi = [
+        key
+        for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+        if os.environ.get(key, "1") not in ("", "0", "1")
+    ]
+    if mpi and WORLD == 1:
+        raise UserError(
+            f"{mpi[0]}={os.environ[mpi[0]]} in the environment: mpirun asks for several processes, and Etude's are "
+            f"started by torchrun. For one process: unset {' '.join(mpi)}"
+        )
+
+
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
-    """Say what is waited for while the processes of a training that no torchrun started meet in the block.
+    """Say what the program waits for while the processes of a training that no torchrun started meet in the block.
 
     Raises:
         UserError: the others did not come.
@@ -150,39 +174,6 @@ def on_signals(handler: Any, *names: str) -> Iterator[None]:
             signal.signal(number, former)
 
 
-def check_launcher(mixed_precision: str) -> None:
-    """Hold the launcher's wishes to what the trainer does; `mixed_precision` is no, fp16 or bf16.
-
-    Raises:
-        UserError: one process where several were asked for, a model that is to be spread over the
-            processes, or another number format than the configuration's.
-    """
-    asked = [name for key, name in SPREAD.items() if os.environ.get(key, "").lower() == "true"]
-    if asked:
-        raise UserError(
-            f"accelerate launch: {', '.join(asked)}: Etude gives each process the whole base and shares out "
-            "the rows. Use torchrun, or `accelerate launch --multi_gpu`; where the base does not fit, "
-            "model.quantization: int8 or nf4 holds it in a quarter or an eighth of its memory"
-        )
-    mpi = [key for key in MPI if os.environ.get(key, "1") not in ("", "0", "1")]
-    if mpi and WORLD == 1:
-        raise UserError(
-            f"{mpi[0]}={os.environ[mpi[0]]} in the environment: mpirun asks for several processes, and Etude's are "
-            f"started by torchrun. For one process: unset {' '.join(mpi)}"
-        )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", mixed_precision):
-        raise UserError(
-            f"accelerate launch: --mixed_precision {precision}, but the configuration says {mixed_precision}. "
-            "Leave it to the configuration: --mixed_precision no, and training.fp16 or training.bf16"
-        )
-    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and WORLD == 1:
-        raise UserError(
-            "`accelerate launch --cpu` starts one process, whatever --num_processes says. Start with "
-            "`accelerate launch --multi_gpu --num_processes N` and set training.use_cpu: true, or use torchrun"
-        )
-
-
 def gather(value: Any) -> list[Any]:
     """`value` of every process, in the order of their ranks."""
     if WORLD == 1:
@@ -204,23 +195,32 @@ def total(value: Any, device: "torch.device | str" = "cpu") -> "torch.Tensor":
     return summed
 
 
-def agree(facts: dict[str, str]) -> None:
-    """Hold what the processes have, on several machines perhaps, against what the first one has.
+def agree(facts: Mapping[str, object]) -> None:
+    """Compare what the processes have, on several machines perhaps, with what the first one has.
 
     Raises:
         UserError: they differ; every process raises it.
     """
-    every = gather(facts)
+    if WORLD == 1:
+        return
+    # Long values by the beginning of their SHA-256: enough to tell two apart.
+    short = {
+        key: value
+        if isinstance(value, str)
+        else hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+        for key, value in facts.items()
+    }
+    every = gather(short)
     differing = [
         f"{key}: {found[key]} in process {rank}, {every[0][key]} in process 0"
         for rank, found in enumerate(every)
-        for key in facts
+        for key in short
         if found[key] != every[0][key]
     ]
     if differing:
         raise UserError(
-            f"The processes would not train the same: {'; '.join(differing):.2000}. Give each the same "
-            "configuration, data and base, and one output.dir that every machine sees, or a copy of it"
+            f"The workers disagree on {'; '.join(differing):.2000}. Give each the same configuration, data "
+            "and base, and one output.dir that every machine sees, or a copy of it"
         )
 
 

@@ -18,6 +18,21 @@ class UserError(Exception):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended a program in order; the message says how to go on.
+
+    A KeyboardInterrupt, so that no `except Exception` of a library takes it for an error.
+
+    Attributes:
+        code: the program's exit code, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        """Say `message` and end the program with `code`."""
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like `word` by difflib's ratio, or None when nothing is near (< 0.6)."""
     found = difflib.get_close_matches(word, list(known), n=1)

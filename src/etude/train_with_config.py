@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import logging
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +24,7 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.data import dataset
 from etude.engine import packing
-from etude.errors import UserError, command, first_line, shortage
+from etude.errors import UserError, command, shortage
 from etude.files import expanded
 from etude.models import device, loading, lora
 from etude.runs import opening, plots, proof, report
@@ -62,7 +59,7 @@ from etude.runs.manifest import (
     read_metrics,
     recorded_date,
 )
-from etude.training import checkpoints, rehearsal
+from etude.training import checkpoints, order, rehearsal
 from etude.training import memory as plan
 
 log = logging.getLogger(__name__)
@@ -165,7 +162,8 @@ def _train_in(
     splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
     examples = {name: split.examples for name, split in splits.items()}
     show_data(splits, outline.tokenizer)
-    planned, _ = make_plan(settings, outline, place, examples, force)
+    steps = order.step_count(settings, len(examples["train"]))
+    planned, _ = make_plan(settings, outline, place, examples, steps, force)
 
     base = loading.load(
         settings.model.name,
@@ -180,6 +178,8 @@ def _train_in(
 
     import transformers
 
+    from etude.training import trainer
+
     # Before the adapter is made: its A starts at random.
     transformers.set_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name, base.identity)
@@ -192,7 +192,18 @@ def _train_in(
     if distributed.FIRST:
         start_folder(folder, checkpoint, settings, tables, base, force, renderer.date)
         console.log_to(folder / LOG)
-    results = fit(model, settings, place, examples, folder, checkpoint)
+    cutter, engine = prepare(model, settings, place, examples["train"], steps)
+    cutter = rehearsal.rehearse(model, cutter, examples, settings)
+    console.say("engine", engine)
+    if checkpoint:
+        console.say("resume", f"from {checkpoint}")
+    console.say("training", f"{steps} steps of {settings.training.rows_per_step} examples")
+    with console.Progress(settings.training.logging_steps) as progress:
+        results = trainer.fit(
+            model, settings, place, examples, folder, cutter, checkpoint,
+            lambda step: progress.update(*step),
+        )  # fmt: skip
+    results["engine"] = engine
     results["memory"] = {
         "plan": planned and dataclasses.asdict(planned),
         "planned": planned and planned.peak,
@@ -285,10 +296,10 @@ def open_folder(
         # The configuration is compared below, and is replaced only where it must be.
         refuse_foreign(folder, [name for name in PRODUCTS if name != CONFIG])
     other = another_folder(folder)
-    checkpoint, passed_over = checkpoints.newest(folder / CHECKPOINTS)
-    for notice in passed_over:
+    checkpoint, corrupt = checkpoints.newest(folder / CHECKPOINTS)
+    for notice in corrupt:
         console.notice(notice)
-    if checkpoint is None and passed_over:
+    if checkpoint is None and corrupt:
         raise UserError(
             f"output.dir: {folder} holds no checkpoint that is whole, so there is nothing to go on from. "
             f"Start another run: {other}"
@@ -443,6 +454,7 @@ def make_plan(
     outline: loading.Outline,
     place: device.Device,
     examples: dict[str, list[Example]],
+    steps: int,
     force: bool = False,
 ) -> tuple[plan.Plan | None, bool]:
     """Print what the training will take in memory and time, if it can be told; and whether it fits.
@@ -450,9 +462,6 @@ def make_plan(
     Raises:
         UserError: more than there is, and not `force`.
     """
-    from etude.training import trainer
-
-    steps = trainer.steps(settings, len(examples["train"]))
     planned, fits = plan.estimate(settings, outline, place, examples, steps), False
     if planned:
         console.out.print(report.plan_table(planned.rows()))
@@ -523,152 +532,6 @@ def resolved(settings: Config, table: dataset.Table, base: loading.Base) -> Conf
     return settings.model_copy(update={"dataset": found, "model": model})
 
 
-def fit(
-    model: Any,
-    settings: Config,
-    place: device.Device,
-    examples: dict[str, list[Any]],
-    folder: Path,
-    checkpoint: Path | None,
-) -> dict[str, Any]:
-    """Train `model` in place and return the results; the best adapter by validation loss is in it at the end.
-
-    Raises:
-        UserError: a warm-up that is not shorter than the training, or a loss that is not finite.
-    """
-    import transformers
-
-    from etude.training import trainer
-
-    steps = trainer.steps(settings, len(examples["train"]))
-    share = settings.training.warmup_steps
-    warmup = math.ceil(share * steps) if share < 1 else share
-    if warmup >= steps:  # the first step's learning rate is zero
-        raise UserError(
-            f"training.warmup_steps: {share:g} is not shorter than the training, which has {steps} "
-            "steps, so the learning rate would never rise; lower it, set 0, or train longer"
-        )
-    cutter, engine = prepare(model, settings, place, examples["train"], steps)
-    cutter = rehearsal.rehearse(model, cutter, examples, settings)
-    console.say("engine", engine)
-    if checkpoint:
-        console.say("resume", f"from {checkpoint}")
-    rows = settings.training.batch_size * settings.training.gradient_accumulation_steps
-    console.say("training", f"{steps} steps of {rows} examples")
-    callbacks: list[Any] = []
-    if settings.training.early_stopping_patience and "validation" in examples:
-        callbacks.append(
-            transformers.EarlyStoppingCallback(settings.training.early_stopping_patience)
-        )
-    with console.Progress(settings.training.logging_steps) as progress:
-        recorder = trainer.Recorder(folder, progress.update)
-        loop = trainer.StepTrainer(
-            cutter=cutter,
-            model=model,
-            args=trainer.arguments(
-                settings, place, folder, len(examples["train"]), "validation" in examples
-            ),
-            train_dataset=examples["train"],
-            eval_dataset=examples.get("validation"),
-            callbacks=[*callbacks, recorder],
-        )
-        recorder.trainer = loop
-        loop.remove_callback(transformers.PrinterCallback)
-        with stoppable(loop, folder):
-            if distributed.WORLD > 1:
-                distributed.agree(
-                    {
-                        "lora and training": shown(settings.lora, settings.training),
-                        "the base": str(model.peft_config["default"].revision),
-                        "the examples": shown(examples),
-                        "the checkpoint": checkpoint.name if checkpoint else "none",
-                    }
-                )
-            loop.run(checkpoint)
-            seconds = loop.seconds
-    if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
-        raise UserError(
-            "The adapter holds numbers that are not finite, so it was not saved. Lower "
-            "training.learning_rate, or use float32 in place of float16"
-        )
-    return {
-        "steps": loop.state.global_step,
-        # Of all sessions, where the training was interrupted.
-        "seconds": round(seconds, 1),
-        "examples_per_second": round(loop.timed_steps * rows / seconds, 2),
-        "train_loss": loop.step_loss,
-        "eval_loss": loop.state.best_metric,
-        "engine": engine,
-    }
-
-
-def shown(*values: Any) -> str:
-    """The beginning of a SHA-256 of what Python shows of `values`: enough to tell two apart."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def stoppable(loop: Any, folder: Path) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the training after its step, with a checkpoint; twice, at once.
-
-    Of several processes each gets the signal twice, for the launcher passes it on: there the second one
-    counts for nothing, and the launcher itself ends what does not end in time.
-
-    Raises:
-        KeyboardInterrupt: with what to say and the exit code, 128 + the signal's number.
-        UserError: another process of the same training is gone.
-    """
-    from etude.training.trainer import Stopped
-
-    code = console.INTERRUPTED
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal code
-        code = 128 + number
-        if loop.stop and distributed.WORLD > 1:
-            return
-        if loop.stop:
-            checkpoint, _ = checkpoints.newest(folder / CHECKPOINTS)
-            none = "" if checkpoint else "no checkpoint was made yet; "
-            raise KeyboardInterrupt(f"left at once; {none}{how_to_continue(folder)}", code)
-        loop.stop = True
-        if distributed.FIRST:
-            more = "" if distributed.WORLD > 1 else "; once more to leave at once"
-            console.err.print(f"stopping after this step, with a checkpoint{more}")
-
-    try:
-        with distributed.on_signals(handle):
-            try:
-                yield
-            except RuntimeError as error:
-                if distributed.WORLD == 1 or not re.search(
-                    "gloo|nccl|connection", str(error), re.I
-                ):
-                    raise
-                # Before the handler is restored: the launcher's SIGTERM is on its way.
-                distributed.one_is_gone = True
-                # In the same words by all that are left, so that it is told once.
-                closed = re.search("closed|reset|broken pipe", str(error), re.I)
-                reason = "its connection ended" if closed else first_line(error)
-                newest, _ = checkpoints.newest(folder / CHECKPOINTS)
-                raise UserError(
-                    f"step {loop.state.global_step + 1}: another process of this training is gone, or cannot be "
-                    f"reached ({reason:.200}). What it said, if it could, stands above, on its machine. "
-                    + (
-                        f"The last checkpoint is {newest}"
-                        if newest
-                        else "No checkpoint was made yet"
-                    )
-                    + f"; {how_to_continue(folder)}"
-                ) from None
-    except Stopped:
-        state = loop.state
-        raise KeyboardInterrupt(
-            f"stopped at step {state.global_step} of {state.max_steps}; {how_to_continue(folder)}",
-            code,
-        ) from None
-
-
 def prepare(
     model: Any, settings: Config, place: device.Device, examples: list[Any], steps: int
 ) -> tuple[packing.Cutter, str]:
@@ -686,7 +549,7 @@ def prepare(
     if cutter.why_padded:
         console.notice(f"plain padded batches instead of packed ones: {cutter.why_padded}")
     done = ["padded passes" if cutter.why_padded else f"packed passes of {cutter.budget} tokens"]
-    step = examples[: training.batch_size * training.gradient_accumulation_steps]
+    step = examples[: training.rows_per_step]
     tokens = steps * sum(batch.input_ids.numel() for batch in cutter(step))
     worth_it = place.name == "cpu" and compiling.operations(model, tokens) >= compiling.WORTH_IT
     if settings.model.quantization == "int8":

@@ -18,7 +18,7 @@ from etude.measure import responses
 from etude.model import read_table
 from etude.models import device, loading, lora
 from etude.runs import opening
-from etude.training import trainer
+from etude.training import order, trainer
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,8 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
                 raise KeyError("stop here")
 
         monkeypatch.setattr(trainer, "StepTrainer", Spy)
-        monkeypatch.setattr(train_with_config, "prepare", lambda *_: (None, "prepared"))
-        monkeypatch.setattr("etude.training.rehearsal.rehearse", lambda model, cutter, *_: cutter)
         with pytest.raises(KeyError):
-            train_with_config.fit(
-                None, config, device.choose("float32", True), tables(config), place, None
-            )
+            trainer.fit(None, config, device.choose("float32", True), tables(config), place, None)
         return [type(callback).__name__ for callback in captured["callbacks"]]
 
     def engine(config):
@@ -202,7 +198,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return device.choose(config.model.dtype, t.use_cpu, t.fp16, t.bf16)
 
     def steps(config):
-        return trainer.steps(config, 20)
+        return order.step_count(config, 20)
 
     def folder(config):
         return train_with_config.open_folder(config, False)

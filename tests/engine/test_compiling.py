@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_trainer import fit
 from torch import nn
 
 from etude import train_with_config
@@ -112,7 +113,7 @@ def fitted(model, folder, *overrides):
     folder.mkdir()
     examples = {"train": texts(*range(1, 41)), "validation": texts(*range(30, 36))}
     place = device.choose("float32", True)
-    return train_with_config.fit(model, settings, place, examples, folder, None)
+    return fit(model, settings, place, examples, folder)
 
 
 @needs_a_compiler

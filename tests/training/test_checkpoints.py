@@ -38,8 +38,8 @@ def leftovers(home):
 
 
 def test_the_newest_is_by_number_and_holds_what_was_written(home):
-    newest, passed_over = checkpoints.newest(home)
-    assert (newest.name, passed_over) == ("checkpoint-10", [])
+    newest, corrupt = checkpoints.newest(home)
+    assert (newest.name, corrupt) == ("checkpoint-10", [])
     assert checkpoints.step_of(newest) == 10
     progress, tensors = checkpoints.load_state(newest)
     assert progress == {"step": 10}
@@ -61,11 +61,11 @@ def test_damage_to_any_file_is_found_and_the_one_before_is_taken(home, damage):
             file.unlink()
         else:
             file.write_bytes(b"")
-        newest, passed_over = checkpoints.newest(home)
+        newest, corrupt = checkpoints.newest(home)
         assert newest.name == "checkpoint-9"
-        assert len(passed_over) == 1
-        assert passed_over[0].startswith(f"{home / 'checkpoint-10'}: passed over, ")
-        assert name in passed_over[0] or name == checkpoints.SUMS
+        assert len(corrupt) == 1
+        assert corrupt[0].startswith(f"{home / 'checkpoint-10'}: skipped: corrupt, ")
+        assert name in corrupt[0] or name == checkpoints.SUMS
         file.write_bytes(content)
         assert checkpoints.newest(home) == (home / "checkpoint-10", [])
 
@@ -80,9 +80,9 @@ def test_nothing_whole_is_none(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-4").write_text("a file")
-    newest, passed_over = checkpoints.newest(tmp_path)
+    newest, corrupt = checkpoints.newest(tmp_path)
     assert newest is None
-    assert len(passed_over) == 1
+    assert len(corrupt) == 1
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])

@@ -202,6 +202,11 @@ class Training(Section):
         None, description="stop after that many validations without a better loss; null never"
     )
 
+    @property
+    def rows_per_step(self) -> int:
+        """Examples that an optimizer step learns from, over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
 
 class Evaluation(Section):
     """How a model is measured."""

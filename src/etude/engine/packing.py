@@ -335,6 +335,21 @@ def sum_by_example(model: Any, passes: Iterator[Pass], count: int) -> "torch.Ten
     return losses
 
 
+def total_loss(model: Any, passes: Iterator[Pass]) -> tuple[float, int]:
+    """Summed negative log-likelihood of all targets in nats, and how many there are; no gradients.
+
+    In eager mode: compiled layers would compile another graph, for a few passes.
+    """
+    import torch
+
+    total, count = 0.0, 0
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for batch in passes:
+            total += float(token_losses(model, batch).sum())
+            count += len(batch.target)
+    return total, count
+
+
 def culprits(model: Any, cutter: Cutter, examples: Sequence[Example]) -> list[str]:
     """Where the examples stand whose own loss is not finite; a pass shares its numbers."""
     import torch

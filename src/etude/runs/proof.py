@@ -17,7 +17,7 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.data import dataset
 from etude.engine import packing
-from etude.errors import UserError, shortage
+from etude.errors import Stopped, UserError, shortage
 from etude.models import loading, lora
 from etude.runs import opening
 from etude.runs.folder import PROOF, how_to_continue, write_file
@@ -114,9 +114,9 @@ def in_a_new_process(folder: Path) -> str:
             )
         except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
             code = end.code if isinstance(end, SystemExit) else INTERRUPTED
-            raise KeyboardInterrupt(
+            raise Stopped(
                 f"stopped during the proof, the last step of the training; {how_to_continue(folder)}",
-                code,
+                int(code or INTERRUPTED),
             ) from None
         found = files.read_json(work / PROOF) if (work / PROOF).is_file() else {}
     if "proof" in found:

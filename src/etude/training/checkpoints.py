@@ -2,17 +2,17 @@
 
 A checkpoint is written beside its place, flushed to disk with the SHA-256 of every file, and only then
 renamed. A kill, a full disk or a power cut leaves what was there before; what is damaged later
-is found by its sums and passed over.
+is found by its sums and skipped.
 """
 
 import contextlib
 import json
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude import files
+from etude import distributed, files
 from etude.errors import UserError, first_line, shortage
 from etude.files import usual_mode
 
@@ -28,6 +28,7 @@ SHAPE: dict[str, type | tuple[type, ...]] = {
     "processes": int,
     "step_loss": float,
     "tokens_seen": int,
+    "seconds": float,
     "loss_since_log": float,
     "last_log": int,
     "groups": list,
@@ -91,29 +92,29 @@ def why_not(checkpoint: Path) -> str | None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that verifies, and a sentence for each one passed over."""
-    passed_over: list[str] = []
+    """The newest checkpoint in `folder` that verifies, and a sentence for each one that does not."""
+    corrupt: list[str] = []
     for checkpoint in reversed(_all(folder)):
         reason = why_not(checkpoint)
         if reason is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint}: passed over, {reason}")
-    return None, passed_over
+            return checkpoint, corrupt
+        corrupt.append(f"{checkpoint}: skipped: corrupt, {reason}")
+    return None, corrupt
 
 
 def retain(
-    folder: Path, step: int, keep: int, best: int | None, own: Collection[str] | None = None
+    folder: Path, step: int, keep: int, best: int | None, made: Collection[str] | None = None
 ) -> None:
     """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind.
 
-    `own` names those that the run made; another's stay and do not count.
+    `made` names those that the run made; another's stay and do not count.
 
-    `step` is the training's. Later ones were passed over when it was resumed, so they are damaged: they
+    `step` is the training's. Later ones were skipped when it was resumed, so they are corrupt: they
     go too, for they must not count in place of whole ones.
     """
-    made = [checkpoint for checkpoint in _all(folder) if own is None or checkpoint.name in own]
-    kept = [checkpoint for checkpoint in made if step_of(checkpoint) <= step][-keep:]
-    for checkpoint in made:
+    ours = [checkpoint for checkpoint in _all(folder) if made is None or checkpoint.name in made]
+    kept = [checkpoint for checkpoint in ours if step_of(checkpoint) <= step][-keep:]
+    for checkpoint in ours:
         if checkpoint not in kept and step_of(checkpoint) != best:
             remove(checkpoint)
     files.clear(folder)
@@ -158,22 +159,16 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     with reading(checkpoint):
         progress, _ = load_state(checkpoint)
         wrong = [key for key, kind in SHAPE.items() if not isinstance(progress.get(key), kind)]
-        timed = [progress.get(key, 0) for key in ("seconds", "timed_steps")]
         if wrong or progress["step"] != step_of(checkpoint) or progress["processes"] < 1:
             raise ValueError(f"{PROGRESS}: {', '.join(wrong) or 'another step or no process'}")
-        if not all(isinstance(value, int | float) and value >= 0 for value in timed):
-            raise ValueError(f"{PROGRESS}: seconds, timed_steps")
     return progress
 
 
 @contextlib.contextmanager
-def reading(
-    checkpoint: Path, blamed: Callable[[Exception], bool] = lambda error: True
-) -> Iterator[None]:
-    """Say in one sentence what a library stumbles over in a checkpoint that is not as it was written.
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say in one sentence that a checkpoint whose sums are right is not what this version writes.
 
-    Its sums are right, so it was changed by hand or written by another version. `blamed` tells
-    whether an error is the checkpoint's.
+    It is of another version, or was changed by hand.
 
     Raises:
         UserError: the block failed.
@@ -183,7 +178,7 @@ def reading(
     except UserError:
         raise
     except Exception as error:
-        if shortage(error) or not blamed(error):
+        if shortage(error):
             raise
         raise UserError(
             f"{checkpoint}: not what this version of Etude writes ({type(error).__name__}: "
@@ -218,7 +213,10 @@ def join_optimizer(
 
 
 def random_state() -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
-    """The state of every random generator: Python's and NumPy's as JSON values, torch's as tensors."""
+    """The state of every random generator: Python's and NumPy's as JSON values, torch's as tensors.
+
+    Several processes have torch's of each, one row a process; they all must ask.
+    """
     import numpy as np
     import torch
 
@@ -227,11 +225,16 @@ def random_state() -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
     tensors = {"random.cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.random.get_rng_state()
+    every = distributed.gather(tensors)
+    if len(every) > 1:
+        tensors = {key: torch.stack([one[key] for one in every]) for key in tensors}
     return values, tensors
 
 
-def set_random_state(values: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
-    """Put every generator where `random_state` found it."""
+def set_random_state(
+    values: dict[str, Any], tensors: "dict[str, torch.Tensor]", processes: int = 1
+) -> None:
+    """Put every generator where `random_state` found it, in one of `processes`."""
     import numpy as np
     import torch
 
@@ -239,6 +242,10 @@ def set_random_state(values: dict[str, Any], tensors: "dict[str, torch.Tensor]")
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = values["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    if processes > 1:
+        # With --force there may be more processes now. Cloned: torch reads a state from its storage's start.
+        row = distributed.RANK % processes
+        tensors = {key: value[row].clone() for key, value in tensors.items() if "random" in key}
     torch.random.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.random.set_rng_state(tensors["random.cuda"])

@@ -1,20 +1,22 @@
 """transformers.Trainer with our passes and our loss plugged in."""
 
 import json
-import logging
 import math
-import statistics
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
-from heapq import nlargest
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
@@ -24,50 +26,79 @@ from etude.conversation.renderer import Example
 from etude.engine import packing
 from etude.errors import UserError
 from etude.measure import metrics as measures
-from etude.models import loading, lora
+from etude.models import lora
 from etude.models.device import Device
 from etude.runs.folder import CHECKPOINTS, METRICS, read_started, record_file
-from etude.training import checkpoints
+from etude.training import checkpoints, guards
+from etude.training.order import StepSampler
 
-log = logging.getLogger(__name__)
-
+# What is used of transformers beside its public interface, for want of a public way, as seen in
+# 5.23.0: the member, and the reason. A test names the one that an upgrade moves.
+PRIVATE = {
+    "Trainer._save_checkpoint": "it writes with pickle, and in place; ours is written whole or not at all",
+    "Trainer._load_from_checkpoint": "it takes what it finds; ours is checked, see `_restore`",
+    "TrainingArguments._n_gpu": "it makes a batch one for all GPUs, and a pass cannot be split",
+}
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-RECENT = 50  # steps whose losses a new one is held against; half as many must be there
-SPIKE = 8.0  # robust deviations above their median: warn
 
 
-def _of_kind(value: Any, usual: Any) -> bool:
-    """Whether a value of a saved TrainerState is of the kind that it has in a fresh one."""
-    if usual is None:
-        return value is None or isinstance(value, str | int | float)
-    return isinstance(value, int | float if isinstance(usual, int) else type(usual))
+class Step(NamedTuple):
+    """What there is to say of a training when one of its steps has ended."""
+
+    number: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
 
 
-class Order:
-    """Which examples each step of an epoch learns from: a pure function of (seed, epoch, step).
+@dataclass
+class Tally:
+    """What a training has counted, over all its sessions; its checkpoints hand it on.
 
-    With several processes each takes every world-th example of the step, so that the steps are the
-    same ones however many processes share them.
+    Attributes:
+        step_loss: of the last step, in nats a supervised token.
+        loss_since_log: the sum of the losses of the steps after `last_log`.
+        last_log: the step of the last line of the log.
+        seconds_before: of the sessions before this one, up to its checkpoint.
+        began: when this session began, by the clock of the process.
     """
 
-    def __init__(self, examples: int, rows: int, trainer: "StepTrainer") -> None:
-        """Order `examples` examples into steps of `rows` for one process of the trainer's."""
-        self._examples, self._rows, self._trainer = examples, rows, trainer
+    step_loss: float = math.nan
+    tokens_seen: int = 0
+    loss_since_log: float = 0.0
+    last_log: int = 0
+    seconds_before: float = 0.0
+    began: float = field(default_factory=lambda: time.perf_counter())
 
-    def __len__(self) -> int:
-        return math.ceil(self._examples / self._rows)
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to now."""
+        return self.seconds_before + time.perf_counter() - self.began
 
-    def __iter__(self) -> Iterator[list[int]]:
-        args = self._trainer.args
-        # Asked for when an epoch begins, or, on resume, in the middle of one.
-        epoch = self._trainer.state.global_step // len(self)
-        for step in packing.steps(args.seed, epoch, self._examples, self._rows):
-            yield step[args.process_index :: args.world_size]
+    def add(self, loss: float, tokens: int) -> None:
+        """Count a step."""
+        self.step_loss = loss
+        self.loss_since_log += loss
+        self.tokens_seen += tokens
 
+    def mean_loss(self, step: int) -> float:
+        """The mean loss of the steps since the last line of the log, up to `step`, which has the next."""
+        mean = self.loss_since_log / (step - self.last_log)
+        self.loss_since_log, self.last_log = 0.0, step
+        return mean
 
-class Stopped(Exception):
-    """A signal ended the training after a whole step, and its checkpoint is written."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = ("step_loss", "tokens_seen", "loss_since_log", "last_log", "seconds")
+        return {name: getattr(self, name) for name in kept}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.step_loss, self.tokens_seen = state["step_loss"], state["tokens_seen"]
+        self.loss_since_log, self.last_log = state["loss_since_log"], state["last_log"]
+        self.seconds_before = state["seconds"]
 
 
 class StepTrainer(Trainer):
@@ -78,64 +109,37 @@ class StepTrainer(Trainer):
     packed, or over several processes) does not change what is learnt.
     """
 
-    def __init__(self, *, cutter: packing.Cutter, **kwargs: Any) -> None:
-        """Take the `cutter` of the model; the rest goes to Trainer."""
+    def __init__(self, *, cutter: packing.Cutter, tally: Tally, **kwargs: Any) -> None:
+        """Take the `cutter` of the model and the `tally` to count in; the rest goes to Trainer."""
         super().__init__(data_collator=lambda examples: {"examples": examples}, **kwargs)
+        self.tally = tally
         self._cutter = cutter
-        self.step_loss = math.nan
-        self.tokens_seen = 0
-        self.stop = False  # set from outside: stop after this step, with a checkpoint
+        self._watch = guards.StepWatch()
         self._saved_step = -1
-        self._resumed: dict[str, Any] | None = None
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._zero_told = False
-        # Seconds and steps of the sessions before this one, and when this one began.
-        self._before: tuple[float, int] = (0.0, 0)
-        self._began = time.perf_counter()
-        self._first_step = 0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training up to now: of this session, and of those before it up to its checkpoint."""
-        return self._before[0] + time.perf_counter() - self._began
-
-    @property
-    def timed_steps(self) -> int:
-        """How many steps `seconds` is for: all, or those since a checkpoint that gives no time."""
-        return self._before[1] + self.state.global_step - self._first_step
 
     def run(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` on if there is one; the best adapter is in the model at the end.
 
         Raises:
-            UserError: the checkpoint with the best adapter was damaged in the meantime.
+            UserError: `checkpoint` is of another version, or the one with the best adapter was damaged.
         """
+        self.tally.began = time.perf_counter()
         progress = checkpoints.read_progress(checkpoint) if checkpoint else None
-        if checkpoint and progress:
+        if checkpoint is None or progress is None:
+            self.train()
+        else:
             with checkpoints.reading(checkpoint):
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-                wrong = [
-                    key
-                    for key, usual in vars(TrainerState()).items()
-                    if not _of_kind(getattr(state, key), usual)
-                ]
-                if wrong or state.global_step != progress["step"]:
-                    raise ValueError(f"{TRAINER_STATE_NAME}: {', '.join(wrong) or 'global_step'}")
-            self._before = progress.get("seconds", 0.0), progress.get("timed_steps", 0)
-            self._first_step = progress["step"]
-        self._began = time.perf_counter()
-        if checkpoint and progress and progress["ended"]:
-            lora.restore(self.model, checkpoint)
-            self.state = state
-            self.step_loss = progress["step_loss"]
-            if self.args.should_save:
+                if state.global_step != progress["step"]:
+                    raise ValueError(f"{TRAINER_STATE_NAME}: global_step")
+            if progress["ended"]:
+                self.state = state
+                self.tally.restore(progress)
+                lora.restore(self.model, checkpoint)
                 self._retain()  # the kill may have come before or amid it
-        else:
-            resuming = (
-                checkpoints.reading(checkpoint, self._blamed) if checkpoint else nullcontext()
-            )
-            with resuming:
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:
+                self.add_callback(Resumption(lambda: self._restore(checkpoint)))
+                self.train(resume_from_checkpoint=str(checkpoint))
         best = self.state.best_global_step
         # The first process writes the result, and another machine may not see the checkpoints.
         if distributed.FIRST and best and best != self.state.global_step:
@@ -145,18 +149,19 @@ class StepTrainer(Trainer):
                 raise UserError(f"{chosen}, which holds the best adapter: {reason}; train again")
             lora.restore(self.model, chosen)
 
-    def _blamed(self, error: Exception) -> bool:
-        """Whether the checkpoint is at fault: its values are used up to the end of the first step."""
-        kinds = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-        return isinstance(error, kinds) and self.state.global_step <= self._first_step + 1
-
     def get_train_dataloader(self) -> Any:
-        """A loader of whole steps in the order of `Order`."""
+        """A loader of whole steps in the order of `StepSampler`."""
         examples: Any = self.train_dataset
         rows = self.args.train_batch_size * self.args.world_size
-        order: Any = Order(len(examples), rows, self)
+        sampler: Any = StepSampler(
+            len(examples), rows, self.args.seed, lambda: self.state.global_step
+        )
+        # A generator of its own: it draws a number each epoch, and dropout's are to go on unmoved.
         return torch.utils.data.DataLoader(
-            examples, batch_sampler=order, collate_fn=self.data_collator
+            examples,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),
         )
 
     def training_step(
@@ -175,20 +180,26 @@ class StepTrainer(Trainer):
         """
         model.train()
         examples: list[Example] = inputs["examples"]
-        supervised = self._sum(sum(example.targets for example in examples))
-        own, self._cutter = packing.fitting(
+        done = self.state.global_step
+        supervised = self._total(sum(example.targets for example in examples))
+        sums, self._cutter = packing.fitting(
             self._cutter,
             len(examples),
             lambda cutter: self._passes(cutter(examples), len(examples), supervised),
-            f"step {self.state.global_step + 1}: ",
+            f"step {done + 1}: ",
         )
-        loss = self._sum(own.sum()) / supervised
-        self.step_loss = loss.item()
-        self.tokens_seen += int(self._sum(sum(map(len, examples))))
-        if not math.isfinite(self.step_loss):
-            raise self._not_finite("loss", examples)
-        self._check_gradients(examples)
-        self._watch(own, examples)
+        loss = self._total(sums.sum()) / supervised
+        value = loss.item()
+        grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        # With float16 the loss is scaled until it overflows: then the scaler skips the step itself.
+        scaled = self.accelerator.scaler is not None
+        if not math.isfinite(value) or not (math.isfinite(norm) or scaled):
+            what = f"step {done + 1}: the {'gradient' if math.isfinite(value) else 'loss'}"
+            raise guards.not_finite(what, done, model, self._cutter, examples)
+        self._watch.gradients(done + 1, norm)
+        self._watch.loss(done + 1, value, sums, examples)
+        self.tally.add(value, int(self._total(sum(map(len, examples)))))
         return loss
 
     def _passes(
@@ -197,80 +208,25 @@ class StepTrainer(Trainer):
         """Accumulate the gradients of the step; the summed nll of each of `count` examples, in nats."""
         model: Any = self.model
         model.zero_grad()  # of an attempt for which memory did not suffice
-        own = torch.zeros(count, device=self.args.device)
+        sums = torch.zeros(count, device=self.args.device)
         for batch in passes:
             with self.compute_loss_context_manager():
-                losses = packing.token_losses(self.model, batch)
+                losses = packing.token_losses(model, batch)
             self.accelerator.backward(losses.sum() / supervised)
-            own.index_add_(0, batch.owner, losses.detach())
+            sums.index_add_(0, batch.owner, losses.detach())
         if distributed.WORLD > 1:
             for parameter in self._trained():
                 if parameter.grad is None:  # no example of this step fell to this process
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
-        return own
+        return sums
 
     def _trained(self) -> list[torch.nn.Parameter]:
         model: Any = self.model
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def _sum(self, value: Any) -> torch.Tensor:
+    def _total(self, value: Any) -> torch.Tensor:
         return distributed.total(value, self.args.device)
-
-    def _check_gradients(self, examples: list[Example]) -> None:
-        """Hold the gradients of the step to what can be learnt from."""
-        grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        # With float16 the loss is scaled until it overflows: then the scaler skips the step itself.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise self._not_finite("gradient", examples)
-        if norm == 0 and not self._zero_told:
-            self._zero_told = True
-            log.warning(
-                "step %d: all gradients are zero, so nothing is learnt from it",
-                self.state.global_step + 1,
-            )
-
-    def _not_finite(self, what: str, examples: list[Example]) -> UserError:
-        """What to say when the step's loss or gradient is not a number, with the rows it came from."""
-        guilty = packing.culprits(self.model, self._cutter, examples)
-        # What is not finite is so for all processes; the rows may be another's.
-        found, every = (
-            [origin for own in distributed.gather(part) for origin in own]
-            for part in (guilty, [example.origin for example in examples])
-        )
-        rows = ", ".join(found or every)
-        advice = (
-            "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
-            "on from the last checkpoint, if one was made"
-        )
-        return UserError(
-            f"step {self.state.global_step + 1}: the {what} is not a finite number, so the training was "
-            f"stopped; the weights are those of step {self.state.global_step}. "
-            + (f"Rows whose own loss is not finite: {rows}. " if found else f"Its rows: {rows}. ")
-            + (loading.broken_weights(self.model) or advice)
-        )
-
-    def _watch(self, own: torch.Tensor, examples: list[Example]) -> None:
-        """Warn of a loss that lies far above those before it: z = (loss - median) / (1.4826 MAD)."""
-        if len(self._recent) >= RECENT // 2:
-            median = statistics.median(self._recent)
-            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._recent)
-            if self.step_loss - median > SPIKE * max(spread, 0.01 * abs(median)):
-                means = [
-                    (float(total) / example.targets, example.origin)
-                    for total, example in zip(own, examples, strict=True)
-                ]
-                means = [item for own in distributed.gather(means) for item in own]
-                worst = ", ".join(f"{origin} ({mean:.2f})" for mean, origin in nlargest(3, means))
-                log.warning(
-                    "step %d: the loss jumped to %.4f, from about %.4f; highest in: %s",
-                    self.state.global_step + 1,
-                    self.step_loss,
-                    median,
-                    worst,
-                )
-        self._recent.append(self.step_loss)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -286,31 +242,21 @@ class StepTrainer(Trainer):
         model.eval()
         share = examples[self.args.process_index :: self.args.world_size]
 
+        done = self.state.global_step
+
         def losses(cutter: packing.Cutter) -> tuple[float, int]:
-            total, count = 0.0, 0
-            # Without gradients it would be another graph to compile, for a few passes.
-            eager = torch.compiler.set_stance("force_eager")
-            with eager, torch.no_grad(), self.compute_loss_context_manager():
-                for batch in cutter(share):
-                    total += float(packing.token_losses(model, batch).sum())
-                    count += len(batch.target)
-            return total, count
+            with self.compute_loss_context_manager():
+                return packing.total_loss(model, cutter(share))
 
         (total, count), self._cutter = packing.fitting(
-            self._cutter, len(share), losses, f"validation at step {self.state.global_step}: "
+            self._cutter, len(share), losses, f"validation at step {done}: "
         )
         # float64: the same sum on every process, and no rounding of what is compared later.
-        sums = self._sum(torch.tensor([total, count], dtype=torch.float64))
+        sums = self._total(torch.tensor([total, count], dtype=torch.float64))
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
-            found = packing.culprits(model, self._cutter, share)
-            found = [origin for own in distributed.gather(found) for origin in own]
-            rows = f" (rows: {', '.join(found[:10])}{', ...' * (len(found) > 10)})" if found else ""
-            advice = "Lower training.learning_rate, or use float32 in place of float16"
-            raise UserError(
-                f"step {self.state.global_step}: the validation loss is {loss}{rows}, so the training "
-                f"was stopped. {loading.broken_weights(model) or advice}"
-            )
+            what = f"step {done}: the validation loss"
+            raise guards.not_finite(what, done, model, self._cutter, share)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": loss}
         perplexity = measures.perplexity(loss, 1)
@@ -322,133 +268,110 @@ class StepTrainer(Trainer):
         )
         return metrics
 
-    # --- checkpoints: what transformers would write with pickle, see checkpoints.py ---------------
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with the mean loss since the last line by our own count.
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        stopping = bool(self._sum(int(self.stop)))  # one process's signal stops all
-        # The best adapter must be among the checkpoints, so each validation makes one.
-        self.control.should_save |= self.control.should_evaluate or stopping
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if stopping:
-            # None leaves before the first one has written: torchrun ends all when one has ended.
-            self._sum(0)
-            raise Stopped
+        Trainer's begins anew with each session.
+        """
+        if "loss" in logs:
+            logs["loss"] = self.tally.mean_loss(self.state.global_step)
+        super().log(logs, start_time)
+
+    # --- checkpoints: what transformers would write with pickle, see checkpoints.py ---------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         if step == self._saved_step:  # the end of an epoch may fall on a step that was saved
             return
-        values, tensors = checkpoints.random_state()
-        if distributed.WORLD > 1:
-            every = distributed.gather(tensors)
-            tensors = {key: torch.stack([own[key] for own in every]) for key in tensors}
-        if self.args.should_save:
-            optimizer: Any = self.optimizer
-            scheduler: Any = self.lr_scheduler
-            groups, moments = checkpoints.split_optimizer(optimizer.state_dict())
-            scaler = self.accelerator.scaler
-            states: Any = self.state.stateful_callbacks
-            for callback in (*self.callback_handler.callbacks, self.control):
-                if isinstance(callback, ExportableState):
-                    states[type(callback).__name__] = callback.state()
-            progress = {
-                "step": step,
-                "ended": self.control.should_training_stop,
-                "processes": self.args.world_size,
-                "step_loss": self.step_loss,
-                "tokens_seen": self.tokens_seen,
-                "seconds": self.seconds,
-                "timed_steps": self.timed_steps,
-                "loss_since_log": float(self._tr_loss),
-                "last_log": self._globalstep_last_logged,
-                "groups": groups,
-                "scheduler": scheduler.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-                "random": values,
-            }
-            home = Path(str(self.args.output_dir))
-            if read_started(home.parent):
-                record_file(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
-            with checkpoints.writing(home / checkpoints.name(step)) as work:
-                lora.save(self.model, work)
-                self.state.save_to_json(str(work / TRAINER_STATE_NAME))
-                checkpoints.save_state(work, progress, tensors | moments)
-            self._retain()
         self._saved_step = step
-
-    def _retain(self) -> None:
-        state, keep = self.state, self.args.save_total_limit or 1
-        home = Path(str(self.args.output_dir))
-        facts = read_started(home.parent)
-        own = facts and [name.rpartition("/")[2] for name in facts["written"]]
-        checkpoints.retain(home, state.global_step, keep, state.best_global_step, own)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        lora.restore(self.model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+        numbers, tensors = checkpoints.random_state()
+        if not self.args.should_save:
             return
-        progress, tensors = checkpoints.load_state(Path(checkpoint))
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        with checkpoints.reading(Path(checkpoint)):
+        scaler = self.accelerator.scaler
+        groups, moments = checkpoints.split_optimizer(optimizer.state_dict())
+        states: Any = self.state.stateful_callbacks
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__] = callback.state()
+        progress = {
+            "step": step,
+            "ended": self.control.should_training_stop,
+            "processes": self.args.world_size,
+            **self.tally.state(),
+            "groups": groups,
+            "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": numbers,
+        }
+        home = Path(str(self.args.output_dir))
+        if read_started(home.parent):
+            record_file(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
+        with checkpoints.writing(home / checkpoints.name(step)) as work:
+            lora.save(self.model, work)
+            self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+            checkpoints.save_state(work, progress, tensors | moments)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Delete the checkpoints that are not kept."""
+        if self.args.should_save:
+            state, keep = self.state, self.args.save_total_limit or 1
+            home = Path(str(self.args.output_dir))
+            facts = read_started(home.parent)
+            made = facts and [name.rpartition("/")[2] for name in facts["written"]]
+            checkpoints.retain(home, state.global_step, keep, state.best_global_step, made)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Left to `_restore`."""
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Put the training where it was when `checkpoint` was made, bit for bit."""
+        progress, tensors = checkpoints.load_state(checkpoint)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        lora.restore(self.model, checkpoint)
+        with checkpoints.reading(checkpoint):
             optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
             scheduler.load_state_dict(progress["scheduler"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
-        self.step_loss, self.tokens_seen = progress["step_loss"], progress["tokens_seen"]
+            checkpoints.set_random_state(progress["random"], tensors, progress["processes"])
+        self.tally.restore(progress)
         self._saved_step = progress["step"]
-        self._resumed = progress
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Loaded with the optimizer."""
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            progress, tensors = checkpoints.load_state(Path(checkpoint))
-            if progress["processes"] > 1:
-                # With --force there may be more processes now. Cloned: torch reads a generator's state
-                # from the beginning of its storage.
-                own = self.args.process_index % progress["processes"]
-                for key in ("random.cpu", "random.cuda"):
-                    if key in tensors:
-                        tensors[key] = tensors[key][own].clone()
-            with checkpoints.reading(Path(checkpoint)):
-                checkpoints.set_random_state(progress["random"], tensors)
+class Resumption(TrainerCallback):
+    """Restores a training when all that it restores has been made: as it begins."""
 
-    def restore_log(self) -> None:
-        """Take up the sum of losses since the last log line, which Trainer begins anew."""
-        if self._resumed is not None:
-            self._tr_loss += self._resumed["loss_since_log"]
-            self._globalstep_last_logged = self._resumed["last_log"]
+    def __init__(self, restore: Callable[[], None]) -> None:
+        """Call `restore` then."""
+        self._restore = restore
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore it."""
+        self._restore()
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl and tells `show` of every step: (step, steps, loss, tokens a second, seconds left)."""
+    """Writes metrics.jsonl, and calls `on_step` with every step that has ended."""
 
-    def __init__(self, folder: Path, show: Any) -> None:
+    def __init__(
+        self, folder: Path, tally: Tally, on_step: Callable[[Step], object] | None = None
+    ) -> None:
+        """Record the training in `folder`, which counts in `tally`."""
         self._file = folder / METRICS
-        self._show = show
-        self.trainer: StepTrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where this session begins; a resumed training begins with a later step."""
-        assert self.trainer is not None
-        self.trainer.restore_log()
-        self._started = self.trainer.seconds
-        self._first_step = state.global_step
-        self._first_tokens = self.trainer.tokens_seen
+        self._tally = tally
+        self._on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step that has ended."""
-        assert self.trainer is not None
-        seconds = self.trainer.seconds - self._started
-        speed = (self.trainer.tokens_seen - self._first_tokens) / seconds
-        left = (
-            seconds / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
-        )
-        self._show(state.global_step, state.max_steps, self.trainer.step_loss, speed, left)
+        if self._on_step:
+            tally, done, steps = self._tally, state.global_step, state.max_steps
+            seconds = tally.seconds
+            left = seconds / done * (steps - done)
+            self._on_step(Step(done, steps, tally.step_loss, tally.tokens_seen / seconds, left))
 
     def on_log(
         self,
@@ -458,24 +381,71 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line to metrics.jsonl; the summary at the end stands in the manifest."""
-        assert self.trainer is not None
+        """Append one line to metrics.jsonl; the summary at the end is in the manifest."""
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or {}):
             return
         line = {
             "step": state.global_step,
-            "seconds": round(self.trainer.seconds, 2),
+            "seconds": round(self._tally.seconds, 2),
             # A norm is infinite where float16 overflowed and the scaler left the step out.
             **{key: value if math.isfinite(value) else None for key, value in (logs or {}).items()},
         }
         files.append(self._file, json.dumps(line, allow_nan=False) + "\n")
 
 
-def steps(config: Config, examples: int) -> int:
-    """How many optimizer steps the training has: ceil(examples / rows a step) an epoch, or max_steps."""
-    training = config.training
-    rows = training.batch_size * training.gradient_accumulation_steps
-    return training.max_steps or math.ceil(math.ceil(examples / rows) * training.num_epochs)
+def fit(
+    model: Any,
+    settings: Config,
+    device: Device,
+    examples: dict[str, list[Example]],
+    folder: Path,
+    cutter: packing.Cutter,
+    checkpoint: Path | None = None,
+    on_step: Callable[[Step], object] | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place and return the results; the best adapter by validation loss is in it at the end.
+
+    Raises:
+        UserError: a loss that is not finite, or whatever else ends a training.
+        Stopped: a signal came.
+    """
+    validation = examples.get("validation")
+    tally, saves = Tally(), guards.SavePoints(folder)
+    callbacks: list[Any] = [Recorder(folder, tally, on_step)]
+    if settings.training.early_stopping_patience and validation:
+        callbacks.append(EarlyStoppingCallback(settings.training.early_stopping_patience))
+    args = arguments(settings, device, folder, len(examples["train"]), bool(validation))
+    loop = StepTrainer(
+        cutter=cutter,
+        tally=tally,
+        model=model,
+        args=args,
+        train_dataset=examples["train"],
+        eval_dataset=validation,
+        callbacks=[*callbacks, saves],
+    )
+    loop.remove_callback(PrinterCallback)
+    with saves.on_signals(), guards.naming_lost_process(folder, lambda: loop.state.global_step):
+        distributed.agree(
+            {
+                "lora and training": (settings.lora, settings.training),
+                "the base": str(model.peft_config["default"].revision),
+                "the examples": examples,
+                "the checkpoint": checkpoint.name if checkpoint else "none",
+            }
+        )
+        loop.run(checkpoint)
+        seconds = tally.seconds
+    guards.check_adapter(model)
+    rows = settings.training.rows_per_step
+    return {
+        "steps": loop.state.global_step,
+        # Of all sessions, where the training was interrupted.
+        "seconds": round(seconds, 1),
+        "examples_per_second": round(loop.state.global_step * rows / seconds, 2),
+        "train_loss": tally.step_loss,
+        "eval_loss": loop.state.best_metric,
+    }
 
 
 def arguments(
@@ -484,16 +454,9 @@ def arguments(
     """The TrainingArguments of a run; a step's examples are one batch of the Trainer's.
 
     Raises:
-        UserError: a reporting library that is not installed, or a step that the processes cannot share.
+        UserError: a reporting library that is not installed.
     """
-    training = config.training
-    rows = training.batch_size * training.gradient_accumulation_steps
-    processes = distributed.WORLD
-    if rows % processes:
-        raise UserError(
-            f"training: a step has {rows} rows (batch_size x gradient_accumulation_steps), which "
-            f"{processes} processes cannot share evenly; make it a multiple of {processes}"
-        )
+    training, rows = config.training, config.training.rows_per_step
     epoch = math.ceil(examples / rows)  # steps; whole steps alone can be resumed exactly
     missing = [name for name in config.output.report_to if find_spec(name) is None]
     if missing:
@@ -503,7 +466,7 @@ def arguments(
     with distributed.joining():  # here the processes meet, if there are several
         made = TrainingArguments(
             output_dir=str(folder / CHECKPOINTS),
-            per_device_train_batch_size=rows // processes,
+            per_device_train_batch_size=rows // distributed.WORLD,
             learning_rate=training.learning_rate,
             num_train_epochs=training.num_epochs,
             max_steps=training.max_steps or -1,
@@ -536,8 +499,7 @@ def arguments(
             disable_tqdm=True,
         )
         place = made.device.type
-    # transformers would split a step over all GPUs it sees, and a pass cannot be split. Several GPUs
-    # are one process each: torchrun. Reading the device first is what sets the count.
+    # Several GPUs are one process each: torchrun. Reading the device first is what sets the count.
     if place == "cuda":
         made._n_gpu = 1
     return made
