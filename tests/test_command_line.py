@@ -1,5 +1,6 @@
 """What is typed on a command line arrives as it was typed, and a printed command can be typed again."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -9,8 +10,16 @@ from hypothesis import strategies as st
 
 from etude import console, train_with_config
 from etude.chat import changed
-from etude.config.loading import _kinds, check_config, key_paths, load_config, to_yaml, value_at
-from etude.config.schema import Config
+from etude.config.loading import (
+    _kinds,
+    check_config,
+    key_paths,
+    load_config,
+    parse_override,
+    to_yaml,
+    value_at,
+)
+from etude.config.schema import SECTIONS, Config
 from etude.config.yaml import parse_yaml
 from etude.errors import UserError, command
 from etude.runs import opening
@@ -29,8 +38,7 @@ def test_the_keys_that_take_text_are_those_of_the_schema():
     free = {
         f"{section}.{name}"
         for section, name in section_and_name
-        if _kinds(type(Config.model_fields[section].default).model_fields[name].annotation)
-        <= {str, type(None)}
+        if _kinds(SECTIONS[section].model_fields[name].annotation) <= {str, type(None)}
     }
     assert free >= {*TEXT_KEYS, *CHOICES}
     # Numbers, lists, mappings and what may be true or false stay YAML.
@@ -93,8 +101,8 @@ def test_null_and_what_is_no_text(setting, value):
     ("setting", "words"),
     [
         ("dataset.system_promt=Note: be brief", "did you mean dataset.system_prompt?"),
-        ("lora.r=16\n w: 3", "more than one value"),
-        ("lora.r=16\nmodel: {name: x}", "more than one value"),
+        ("lora.r=16\n w: 3", "not valid YAML"),
+        ("lora.r=16\nmodel: {name: x}", "not valid YAML"),
         ("lora.target_modules=[a", "not valid YAML"),
         ("dataset.train=a\ud800.csv", "half a character"),
     ],
@@ -125,7 +133,8 @@ def test_names_with_equals_signs_are_told_from_settings(tmp_path, monkeypatch):
         "lr=1e-3", "v1.0=x", "runs/lr=1e-3", "runs/not/there=1", "./lora.r=16", "~/a=b",
         str(tmp_path / "lr=1e-3"), "plain", "my run",
     ):  # fmt: skip
-        assert split([name, "lora.r=8"]) == (name, ["lora.r=8"])
+        # ~ stands for the home as in a shell that leaves it alone.
+        assert split([name, "lora.r=8"]) == (os.path.expanduser(name), ["lora.r=8"])
     # A key of the schema is a setting, whatever there is of that name, and so is a slip in one.
     for setting in (
         "lora.r=16",
@@ -136,13 +145,13 @@ def test_names_with_equals_signs_are_told_from_settings(tmp_path, monkeypatch):
     ):
         assert split([setting, "plain"]) == ("plain", [setting])
     for argument, words in (
-        ("r=8", r"neither a file or folder here nor a setting.*did you mean lora\.r or runs/r=8\?"),
+        ("r=8", r"neither a file or folder here nor a setting.*did you mean lora\.r\?"),
         ("seed=7", r"training\.seed or generation\.seed"),
         ("dataset=x", "section.key=value"),
         ("x" * 5000 + "=1", "neither"),
     ):
         with pytest.raises(UserError, match=words):
-            split([argument])
+            parse_override(split([argument])[1][0])
     with pytest.raises(UserError, match=r"one name is expected, not 2 \(runs/r=8, plain\)"):
         split(["runs/r=8", "plain"])
     # Too long for any file system, and a setting all the same.

@@ -42,10 +42,9 @@ def raised_from(error, *causes):
         (raised_from(ValueError("no model"), MemoryError()), "not enough memory"),
         (raised_from(OSError("x"), ValueError("y"), OSError(28, "z", "/r/f")), "/r/f: the disk is full"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "/place: the disk is full"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "/place: the disk is full; free some space (the quota"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "/place: the disk quota is used up; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/r/f"), "/r/f: Read-only file system"),
         (PermissionError(errno.EACCES, "Permission denied", "/r/f"), "/r/f: Permission denied"),
-        (OSError(errno.EMFILE, "Too many open files", "/r/f"), "too many open files; raise the limit"),
         # What must stay what it is.
         (OSError("does not appear to have a file named config.json"), ""),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/r/f"), ""),
@@ -59,34 +58,22 @@ def test_a_shortage_is_known_by_its_number_wherever_it_arose(error, words):
 
 
 def test_a_full_cache_names_the_variable_that_moves_it(monkeypatch, tmp_path):
-    for variable in (
-        "ETUDE_CACHE",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-        "HF_DATASETS_CACHE",
-        "XDG_CACHE_HOME",
-    ):
+    for variable in ("ETUDE_CACHE", "HF_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", "/home/u")
-    monkeypatch.setenv("TMPDIR", "/scratch")
-    monkeypatch.setattr("tempfile.tempdir", "/scratch")
     cases = {
         "/home/u/.cache/etude/gguf": "ETUDE_CACHE",
-        "/home/u/.cache/huggingface/hub/models--x": "HF_HUB_CACHE",
-        "/home/u/.cache/huggingface/datasets": "HF_DATASETS_CACHE",
-        "/home/u/.cache/huggingface/token": "HF_HOME",
-        "/home/u/.cache/other": "XDG_CACHE_HOME",
-        "/scratch/torchinductor_u/x": "TMPDIR",
-        "/scratch/runs/x": "",
+        "/home/u/.cache/huggingface/hub/models--x": "HF_HOME",
+        "/home/u/.cache/other": "",
         "/home/u/runs/x": "",
     }
     for file, variable in cases.items():
-        told = shortage(OSError(errno.ENOSPC, "", file))
-        assert told.startswith(f"{file}: the disk is full; free some space")
-        assert told.endswith(f"set {variable} to a folder with room") == bool(variable), told
+        found = shortage(OSError(errno.ENOSPC, "", file))
+        more = f", or set {variable} to another folder" if variable else ""
+        assert found == f"{file}: the disk is full; free some space{more}"
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
     denied = PermissionError(errno.EACCES, "", f"{tmp_path}/gguf")
-    assert "set ETUDE_CACHE to a folder that can be written" in shortage(denied)
+    assert "set ETUDE_CACHE to another folder" in shortage(denied)
 
 
 NO_MEMORY = RuntimeError(
@@ -98,7 +85,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
     loaded = loading._explain("some/model", None, None, raised_from(OSError("no file"), FULL))
     assert "the disk is full" in str(loaded) and "spelling" not in str(loaded)
-    assert "HF_HUB_CACHE" in str(loaded) or "HF_HOME" in str(loaded)
+    assert "HF_HOME" in str(loaded)
     local = loading._explain("folder", tmp_path, None, NO_MEMORY)
     assert "model.name folder: not enough memory" in str(local)
     assert "causal" in str(loading._explain("folder", tmp_path, None, ValueError("odd")))
@@ -112,9 +99,12 @@ def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
     for error, words in (
         (
             SafetensorError("No space left on device (os error 28)"),
-            "the disk is full.*set ETUDE_CACHE",
+            "the disk is full.*ETUDE_CACHE",
         ),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; set ETUDE_CACHE"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "Permission denied; check who.*set ETUDE_CACHE",
+        ),
     ):
         monkeypatch.setattr(loading, "_convert", lambda *_, error=error: throw(error))
         with pytest.raises(UserError, match=words):
@@ -125,7 +115,7 @@ def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: throw(FULL))
-    with pytest.raises(UserError, match=r"the disk is full.*HF_DATASETS_CACHE"):
+    with pytest.raises(UserError, match=r"the disk is full.*HF_HOME"):
         readers.read("some/data")
     (tmp_path / lora.WEIGHTS).write_bytes(b"x")
     monkeypatch.setattr("safetensors.torch.load_file", lambda *_: throw(NO_MEMORY_ON_LOAD))

@@ -331,7 +331,7 @@ def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "full"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the GPU"),
         (OSError(28, "No space left on device", "runs/x"), "runs/x: the disk is full; free some"),
-        (OSError(122, "Disk quota exceeded"), "the disk is full; free some"),
+        (OSError(122, "Disk quota exceeded"), "the disk quota is used up; free some"),
     ],
 )
 def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):

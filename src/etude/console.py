@@ -1,4 +1,4 @@
-"""What the four programs share at the terminal: consoles, arguments, and how a mistake ends."""
+"""What the programs share at the terminal: consoles, arguments, and how an error ends them."""
 
 import contextlib
 import datetime
@@ -13,23 +13,25 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from etude import distributed, files
-from etude.config.loading import key_paths
-from etude.config.schema import Config
+from etude.config.schema import SECTIONS
 from etude.distributed import FIRST, first_to_say
 from etude.errors import Stopped, UserError, causes, shortage
-from etude.files import expanded
+from etude.files import with_home
+
+if TYPE_CHECKING:
+    from rich import progress
 
 P = ParamSpec("P")
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = 130  # by Ctrl-C
 
 # C0 without tab and line feed, DEL, C1: what could move the cursor, rename the window or worse;
 # and the marks that reorder what is shown (arXiv:2111.00169).
@@ -44,30 +46,26 @@ class _Log:
 
     def __init__(self) -> None:
         self.file: Path | None = None
-        self.kept: list[str] | None = None  # None: no training is running
-        self._begun = ""  # of a line that is not ended yet
+        self.lines: list[str] | None = None  # None: no training is running
 
-    def add(self, objects: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def add(self, *objects: Any, **options: Any) -> None:
         """Add what is printed, without colours and control characters."""
-        if self.kept is None or not FIRST:
+        if self.lines is None or not FIRST:
             return
         stream = io.StringIO()
-        plain = Console(file=stream, width=100, **PLAIN, color_system=None)
-        plain.print(*objects, **options)
-        *whole, self._begun = (self._begun + stream.getvalue()).split("\n")
+        Console(file=stream, width=100, **PLAIN, color_system=None).print(*objects, **options)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self.kept += [f"{now} {printable(line).rstrip()}\n" for line in whole if line.strip()]
-        if self.file:
-            self.write()
+        lines = [printable(line).rstrip() for line in stream.getvalue().split("\n")]
+        self.lines += [f"{now} {line}\n" for line in lines if line]
+        self.write()
 
     def write(self) -> None:
-        """Append what was kept to the file in one piece, which a signal or a kill does not part."""
-        if self.file is None or not self.kept:
-            return
-        text, self.kept = "".join(self.kept), []
-        # A full disk ends the training where it saves something, with words of its own.
-        with contextlib.suppress(OSError):
-            files.append(self.file, text)
+        """Append the lines to the file in one piece, which a signal or a kill does not part."""
+        if self.file and self.lines:
+            text, self.lines = "".join(self.lines), []
+            # A full disk ends the training where it saves something, with an error of its own.
+            with contextlib.suppress(OSError):
+                files.append(self.file, text)
 
 
 _log = _Log()
@@ -75,73 +73,42 @@ _log = _Log()
 
 def start_log() -> None:
     """Begin to keep what is printed: a training begins, and its run has no folder yet."""
-    if _log.file or _log.kept is None:
-        _log.file, _log.kept = None, []
+    if _log.file or _log.lines is None:
+        _log.file, _log.lines = None, []
 
 
 def log_to(file: Path) -> None:
     """Append to `file` what was printed since `start_log`, and all that follows until the program ends."""
     _log.file = file
-    if _log.kept and file.is_file() and file.stat().st_size:
-        _log.kept.insert(0, "\n")  # a kill may have left half a line
+    if _log.lines and file.is_file() and file.stat().st_size:
+        _log.lines.insert(0, "\n")  # a kill may have left half a line
     _log.write()
 
 
-class _Stream(io.TextIOBase):
-    """The stdout or stderr of the moment; what nobody reads any more (`| head`, a closed terminal) is lost.
-
-    So that a training goes on to its end, whoever was listening.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _now(self) -> Any:
-        stream = getattr(sys, self._name)
-        return getattr(stream, "rich_proxied_file", stream)  # under a live progress bar
-
-    def _try(self, action: Callable[[Any], object]) -> None:
-        stream = self._now()
-        if stream is None:  # closed when the program began
-            return
-        try:
-            action(stream)
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-    def write(self, text: str) -> int:
-        """Write `text`, or lose it."""
-        self._try(lambda stream: stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, or lose what is left."""
-        self._try(lambda stream: stream.flush())
-
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        stream = self._now()
-        return stream is not None and bool(stream.isatty())
-
-    def fileno(self) -> int:
-        """Its descriptor."""
-        return int(self._now().fileno())
-
-
 class _Console(Console):
-    """A console that keeps what is printed for the log of a training."""
+    """A console that keeps what is printed for the log of a training, and that may lose its reader."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does."""
-        _log.add(objects, options)
-        super().print(*objects, **options)
+        _log.add(*objects, **options)
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Discard the rest where nobody reads any more (`| head`, a closed terminal).
+
+        So that a training goes on to its end, whoever was listening.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 # Results go to stdout, all else to stderr, so that output can be piped.
-# Of several processes (torchrun) the first one speaks; a mistake is told by the first that meets it.
-out = _Console(file=cast(IO[str], _Stream("stdout")), **PLAIN, quiet=not FIRST)
-err = _Console(file=cast(IO[str], _Stream("stderr")), **PLAIN)
+# Of several processes (torchrun) the first one prints; an error is printed by the first that meets it.
+out = _Console(**PLAIN, quiet=not FIRST)
+err = _Console(stderr=True, **PLAIN)
 
 
 def say(label: str, text: str = "", style: str = "bold") -> None:
@@ -164,13 +131,13 @@ def printable(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-def tell(*parts: str | Text) -> None:
-    """Print `parts` as one line on stderr, unless another process has said the same."""
+def _warn(*parts: str | Text) -> None:
+    """Print `parts` as one line on stderr, unless another process has printed the same."""
     line = Text.assemble(*parts)
     if first_to_say(line.plain):
         err.print(line)
     else:
-        _log.add((line,), {})
+        _log.add(line)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -183,7 +150,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
-        _log.file = _log.kept = None
+        _log.file = _log.lines = None
         with distributed.on_signals(_end, "SIGTERM", "SIGHUP"):
             try:
                 distributed.check(function.__name__)
@@ -201,23 +168,23 @@ def _report(error: BaseException) -> NoReturn:
     # A library may wrap the interrupt that it met, in the middle of an import say.
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
-            tell("\n", str(cause) or "stopped")
+            _warn("\n", str(cause) or "stopped")
             raise typer.Exit(cause.code if isinstance(cause, Stopped) else INTERRUPTED) from None
     problem = str(error) if isinstance(error, UserError) else shortage(error)
     if not problem and isinstance(error, OSError):  # no such folder, a name too long
         problem = f"{error.filename or 'the system'}: {error.strerror or error}"
     if not problem:
-        _log.add((traceback.format_exc(),), {})
+        _log.add(traceback.format_exc())
         raise error
-    tell(Text("error: ", style="bold red"), printable(problem))
+    _warn(Text("error: ", style="bold red"), printable(problem))
     raise typer.Exit(USER_ERROR) from None
 
 
 def _end(number: int, frame: object) -> None:
     """On SIGTERM and SIGHUP leave in order: what is half done is cleaned up, a child process ended."""
     if distributed.one_is_gone:
-        return  # the launcher ends all others: this one does so by itself, once it has said why
-    signal.signal(number, signal.SIG_DFL)  # the next one ends it at once
+        return  # the launcher ends all others: this one ends by itself, once it has printed why
+    signal.signal(number, signal.SIG_DFL)  # the next one ends it immediately
     raise SystemExit(128 + number)
 
 
@@ -229,13 +196,13 @@ def run(function: Callable[..., None]) -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Part positional arguments into at most one name and ``section.key=value`` overrides.
+    """Split positional arguments into at most one name and ``section.key=value`` settings.
 
     Raises:
-        UserError: more than one name, or what is neither name nor setting.
+        UserError: more than one name.
     """
     settings = [argument for argument in arguments if _is_setting(argument)]
-    names = [argument for argument in arguments if argument not in settings]
+    names = [with_home(argument) for argument in arguments if argument not in settings]
     if len(names) > 1:
         raise UserError(
             f"command line: one name is expected, not {len(names)} ({', '.join(names)}); "
@@ -245,46 +212,26 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _is_setting(argument: str) -> bool:
-    """Whether an argument is a setting; else it is a name, such as runs/lr=1e-3.
-
-    Raises:
-        UserError: it looks like a setting, but has no section, and is no file or folder.
-    """
+    """Whether an argument is a setting; else it is a name, such as runs/lr=1e-3."""
     key, equals, _ = argument.partition("=")
-    section, dot, _ = key.strip().partition(".")
     if not equals or "/" in key or os.sep in key:
         return False
-    if dot and section in Config.model_fields:
-        return True
-    if os.path.exists(expanded(argument)):
-        return False
-    if not dot:
-        meant = [known for known in key_paths() if known.partition(".")[2] == section]
-        there = [run for run in [os.path.join("runs", argument)] if os.path.exists(run)]
-        guess = " or ".join(meant + there)
-        raise UserError(
-            f"command line: {argument!r:.200} is neither a file or folder here nor a setting, which has "
-            "the form section.key=value, for example lora.r=16"
-            + (f"; did you mean {guess}?" if guess else "")
-        )
-    return True
+    return key.strip().partition(".")[0] in SECTIONS or not os.path.exists(argument)
 
 
 class _Notices(logging.Handler):
     """Log records as plain lines on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(printable(self.format(record)))
+        _warn(printable(self.format(record)))
 
 
 def _quiet() -> None:
-    """Our own notices to stderr; the libraries' progress bars and advice to themselves."""
+    """Print our own notices on stderr, and none of the libraries' progress bars and warnings."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except (
-            OSError
-        ):  # closed (`>&-`): else a file would get its number, and what libraries print
+        except OSError:  # closed (`>&-`): a file would get its number, and what libraries print
             os.open(os.devnull, os.O_RDWR)
     logger = logging.getLogger("etude")
     logger.setLevel(logging.INFO)
@@ -307,52 +254,39 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-@contextlib.contextmanager
-def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, shown on a terminal only; yields the function that advances it."""
+def _progress(*columns: Any, **options: Any) -> "progress.Progress":
+    """A live display on stderr, where that is a terminal."""
     from rich import progress
 
-    with progress.Progress(
-        console=err, disable=not (FIRST and err.is_terminal), transient=True
-    ) as shown:
-        task = shown.add_task(label, total=total)
-        yield lambda steps: shown.advance(task, steps)
+    hidden = not (FIRST and err.is_terminal)
+    return progress.Progress(*columns, console=err, disable=hidden, **options)
 
 
-class Progress:
-    """The progress of a training: a live line on a terminal, plain lines now and then elsewhere."""
+@contextlib.contextmanager
+def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, shown on a terminal only; yields the function that advances it."""
+    with _progress(transient=True) as display:
+        task = display.add_task(label, total=total)
+        yield lambda steps: display.advance(task, steps)
 
-    def __init__(self, every: int) -> None:
-        """Print a plain line each `every` steps where there is no terminal."""
-        from rich import progress
 
-        self._every = every
-        self._bar = progress.Progress(
-            progress.TextColumn("step {task.completed}/{task.total}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.fields[facts]}"),
-            console=err,
-        )
-        self._task = self._bar.add_task("", total=None, facts="")
+@contextlib.contextmanager
+def training_progress(every: int) -> Iterator[Callable[[int, int, float, float, float], None]]:
+    """A training's progress: a live line on a terminal, a plain line each `every` steps elsewhere.
 
-    def __enter__(self) -> "Progress":
-        if FIRST and err.is_terminal:
-            self._bar.start()
-        return self
+    Yields the function that shows a finished step: its number, how many there are, its loss, tokens/s
+    and the seconds left.
+    """
+    from rich import progress
 
-    def __exit__(self, *exc: object) -> None:
-        if FIRST and err.is_terminal:
-            self._bar.stop()
+    columns = "step {task.completed}/{task.total}", progress.BarColumn(), "{task.fields[facts]}"
+    with _progress(*columns) as display:
+        task = display.add_task("", total=None, facts="")
 
-    def update(self, step: int, steps: int, loss: float, speed: float, left: float) -> None:
-        """Show a finished step."""
-        if not FIRST:
-            return
-        facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
-        self._bar.update(self._task, completed=step, total=steps, facts=facts)
-        if step % self._every == 0 or step in (1, steps):
-            line = f"step {step}/{steps}  {facts}"
-            if err.is_terminal:
-                _log.add((line,), {})
-            else:
-                err.print(line)
+        def show(step: int, steps: int, loss: float, speed: float, left: float) -> None:
+            facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
+            display.update(task, completed=step, total=steps, facts=facts)
+            if FIRST and (step % every == 0 or step in (1, steps)):
+                (_log.add if err.is_terminal else err.print)(f"step {step}/{steps}  {facts}")
+
+        yield show

@@ -1,17 +1,16 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read, and what a full machine raises in one sentence."""
 
 import difflib
 import errno
 import os
 import re
 import shlex
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the programs print it without a traceback and exit with 2.
+    """A mistake that the user can fix; the programs print it without a traceback and exit with 2.
 
     The message has four parts: what is wrong, where (``file:line`` or key), what is allowed or
     nearest, and what to do next.
@@ -40,7 +39,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its kind where it says nothing."""
+    """The first line of an exception's message, or its type where the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -53,96 +52,67 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-# What libraries say in place of a number of the system, or beside one: "[Errno 28]", "(os error 28)".
-SPELT = {
-    errno.ENOMEM: "can't allocate|cannot allocate|unable to allocate|not enough memory|out of memory"
-    "|bad_alloc|malloc of size|failed to map segment|can't start new thread",
-    errno.ENOSPC: "no space left on device|file write failed",
-    errno.EDQUOT: "quota exceeded",
+LOWER = "lower training.batch_size, dataset.max_length or evaluation.batch_size"
+REFUSED = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    **{
+        number: f"{os.strerror(number)}; check who may read and write there"
+        for number in (errno.EROFS, errno.EACCES, errno.EPERM)
+    },
 }
+# Libraries write the system's number, or words of their own, in place of an OSError.
 NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
-# The folders that libraries fill, by the variable that sets another one.
-CACHES = {
-    "ETUDE_CACHE": "~/.cache/etude",
-    "HF_HUB_CACHE": "~/.cache/huggingface/hub",
-    "HF_DATASETS_CACHE": "~/.cache/huggingface/datasets",
-    "HF_HOME": "~/.cache/huggingface",
-    "XDG_CACHE_HOME": "~/.cache",
-}
+MEMORY_WORDS = re.compile("(can't|cannot|unable to) allocate|out of memory|failed to map", re.I)
+DISK_WORDS = re.compile("no space left|file write failed", re.I)
+# The folders that libraries fill, by the variable that moves them.
+CACHES = {"ETUDE_CACHE": "~/.cache/etude", "HF_HOME": "~/.cache/huggingface"}
 
 
 def shortage(error: BaseException, place: str | Path | None = None) -> str:
-    """What the machine lacks or forbids, and what to do, if `error` arose from that; else empty.
+    """What the machine lacks or forbids, and what to do, if that caused `error`; else empty.
 
-    Its causes are looked through too, by the system's number and by what libraries say in its place.
     `place` is where it was writing, for errors that do not say.
     """
     for cause in causes(error):
-        number, file = _of_the_system(cause)
-        where = str(file or place or "")
-        on_gpu = type(cause).__name__ == "OutOfMemoryError" or "CUDA" in str(cause)
-        if number == errno.ENOMEM and on_gpu:
-            return (
-                "out of memory on the GPU; lower training.batch_size, dataset.max_length or "
-                "evaluation.batch_size, or set training.gradient_checkpointing: true"
-            )
+        number = _system_error(cause)
         if number == errno.ENOMEM:
+            if type(cause).__name__ == "OutOfMemoryError" or "CUDA" in str(cause):
+                return f"out of memory on the GPU; {LOWER}, or set training.gradient_checkpointing: true"
             return (
-                "not enough memory; end other programs, lower training.batch_size, dataset.max_length or "
-                "evaluation.batch_size, set model.quantization: int8, or take a smaller model.name"
+                f"not enough memory; end other programs, {LOWER}, set model.quantization: int8, "
+                "or take a smaller model.name"
             )
-        variable = _variable(where)
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            problem = "the disk is full; free some space"
-            problem += " (the quota is used up)" if number == errno.EDQUOT else ""
-            problem += f", or set {variable} to a folder with room" if variable else ""
-        elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            problem = (
-                os.strerror(number)
-                + "; "
-                + (
-                    f"set {variable} to a folder that can be written"
-                    if variable
-                    else "check who may read and write there, or give another place"
-                )
-            )
-        elif number in (errno.EMFILE, errno.ENFILE):
-            return "too many open files; raise the limit: ulimit -n 4096"
-        else:
-            continue
-        return f"{where}: {problem}" if where else problem
+        if number in REFUSED:
+            where = str(getattr(cause, "filename", None) or place or "")
+            problem = f"{where}: {REFUSED[number]}" if where else REFUSED[number]
+            for variable, usual in CACHES.items():
+                cache = os.path.expanduser(os.environ.get(variable) or usual)
+                if where and Path(os.path.abspath(where)).is_relative_to(cache):
+                    problem += f", or set {variable} to another folder"
+            return problem
     return ""
 
 
-def _of_the_system(error: BaseException) -> tuple[int | None, str | None]:
-    """The number by which the system refused, and the file."""
-    if isinstance(error, UserError):  # says already what it has to
-        return None, None
+def _system_error(error: BaseException) -> int:
+    """The system's number for what it refused (errno), by number or words; 0 for all else."""
+    text = str(error)
+    if isinstance(error, UserError):  # has its own message
+        return 0
     # By name: importing torch for its class would slow every start.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return errno.ENOMEM, None
+        return errno.ENOMEM
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno, error.filename if isinstance(error.filename, str) else None
-    text = str(error)
-    if number := NUMBER.search(text):
-        return int(number[1] or number[2]), None
-    return next((n for n, words in SPELT.items() if re.search(words, text, re.I)), None), None
-
-
-def _variable(where: str) -> str:
-    """The environment variable that moves the cache which the path `where` is in; empty if it is in none."""
-    path = Path(os.path.abspath(os.path.expanduser(where)))
-    for variable, usual in CACHES.items():
-        folder = Path(os.environ.get(variable) or usual).expanduser()
-        if where and path.is_relative_to(folder):
-            return variable
-    temporary = Path(tempfile.gettempdir())
-    own = where and path.is_relative_to(temporary) and path.relative_to(temporary).parts[:1]
-    return "TMPDIR" if own and own[0].startswith(("tmp", "torchinductor")) else ""
+        return error.errno
+    if found := NUMBER.search(text):
+        return int(found[1] or found[2])
+    if MEMORY_WORDS.search(text):
+        return errno.ENOMEM
+    return errno.ENOSPC if DISK_WORDS.search(text) else 0
 
 
 def command(*words: object) -> str:
-    """A command as a shell takes it: quoted where need be, and no Path in it taken for anything else."""
+    """A command as a shell takes it: quoted where needed, no Path read as an option or setting."""
     return shlex.join(_word(word) for word in words)
 
 

@@ -114,11 +114,16 @@ def usual_mode(path: Path) -> None:
 
 
 def expanded(name: str) -> Path:
-    """The path that a user wrote, with ~ for a home; of a user who is not there, as it stands."""
+    """The path that a user typed, see `with_home`."""
+    return Path(with_home(name))
+
+
+def with_home(name: str) -> str:
+    """A name with ~ for a home; of a user who does not exist, unchanged. "./x" stays "./x"."""
     try:
-        return Path(os.path.expanduser(name))
+        return os.path.expanduser(name)
     except ValueError:  # half a character in the user's name
-        return Path(name)
+        return name
 
 
 def open_bytes(path: Path, limit: int) -> BinaryIO:

@@ -198,10 +198,10 @@ def _train_in(
     if checkpoint:
         console.say("resume", f"from {checkpoint}")
     console.say("training", f"{steps} steps of {settings.training.rows_per_step} examples")
-    with console.Progress(settings.training.logging_steps) as progress:
+    with console.training_progress(settings.training.logging_steps) as show:
         results = trainer.fit(
             model, settings, place, examples, folder, cutter, checkpoint,
-            lambda step: progress.update(*step),
+            lambda step: show(*step),
         )  # fmt: skip
     results["engine"] = engine
     results["memory"] = {
@@ -507,7 +507,7 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
     outer, inner = pairs[0], pairs[-1]
     tokens = ", control tokens too" if coloured else f" {outer}, control tokens {inner}"
     console.say("example", f"{number}, the supervised part marked{tokens if mark else ''}:")
-    inside = False
+    line, inside = Text(), False
     for text, supervised, control in [*stretches, ("", False, False)]:
         style = "green underline" if supervised else "dim"
         if control and coloured:
@@ -516,8 +516,8 @@ def show_example(number: int, example: Example, tokenizer: Any) -> None:
             text = f"{inner[0]}{text}{inner[1]}" if control and mark else text
             text = outer[inside] + text if supervised != inside else text
         inside = supervised
-        console.out.print(Text(console.printable(text), style=style), end="")
-    console.out.print()
+        line.append(console.printable(text), style=style)
+    console.out.print(line)
 
 
 def resolved(settings: Config, table: dataset.Table, base: loading.Base) -> Config:

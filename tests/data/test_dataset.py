@@ -498,7 +498,7 @@ def test_labels_of_the_configuration_are_normalised_the_same_way(write):
     for given_labels in ("[bad, 'bad ']", "['é', 'e\u0301']"):
         with pytest.raises(UserError, match="duplicate label"):
             load_config(None, overrides=[f"dataset.labels={given_labels}"])
-    with pytest.raises(UserError, match="a label is empty"):
+    with pytest.raises(UserError, match="an empty label"):
         load_config(None, overrides=["dataset.labels=[a, ' ']"])
     message = refusal(write("y.jsonl", labelled("good", "Bad")), labels=["good", "bad"])
     assert "y.jsonl:2: label 'Bad' is not one of good, bad; 'bad' differs in case only" in message

@@ -20,7 +20,9 @@ from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
 from etude.conversation import history
+from etude.conversation.renderer import Example
 from etude.data import dataset
+from etude.data.report import Report
 from etude.errors import UserError
 from etude.models import device, loading, lora
 from etude.runs import evaluations, opening, plots, proof, report
@@ -43,7 +45,7 @@ from etude.runs.folder import (
     refuse_live,
     write_file,
 )
-from etude.training import checkpoints
+from etude.training import checkpoints, rehearsal, trainer
 
 QUICK = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 NAMES = [
@@ -122,10 +124,13 @@ THINGS = st.dictionaries(
 def program():
     """`etude train` with its own folders, locks and writes, but no model: fast enough to try often."""
     table = dataset.Table("file", "text", [], "0")
+    split = dataset.Split(
+        table, [Example([1, 2], [False, True])], Report("train", "file", "text", 0)
+    )
     base = loading.Base(None, None, "m", "sha256:1", device.Device("cpu", "float32", "cpu"))
     seen = SimpleNamespace(during=lambda folder: None, checkpoints=1)
 
-    def fit(model, config, place, examples, folder, checkpoint):
+    def fit(model, config, place, examples, folder, *_):
         files.append(folder / METRICS, '{"step": 1, "seconds": 0.1, "loss": 1.0}\n')
         if seen.checkpoints:
             record_file(folder, f"{CHECKPOINTS}/checkpoint-1")
@@ -151,13 +156,15 @@ def program():
         patch.setattr(loading, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
         patch.setattr(opening, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
         patch.setattr(twc, "current_environment", lambda: {"libraries": {"etude": "1"}})
-        patch.setattr(dataset, "encode_splits", lambda *_: {})
+        patch.setattr(dataset, "encode_splits", lambda *_: {"train": split})
         patch.setattr(twc, "show_data", lambda *_: None)
         patch.setattr(twc, "make_plan", lambda *_: (None, False))
         patch.setattr(loading, "load", lambda *_: base)
         patch.setattr(lora, "attach", lambda *_: None)
         patch.setattr(lora, "count", lambda _: "few")
-        patch.setattr(twc, "fit", fit)
+        patch.setattr(twc, "prepare", lambda *_: (None, "no engine"))
+        patch.setattr(rehearsal, "rehearse", lambda *_: None)
+        patch.setattr(trainer, "fit", fit)
         patch.setattr(lora, "save", save)
         patch.setattr(proof, "expect", expect)
         patch.setattr(proof, "in_a_new_process", lambda _: "left out")

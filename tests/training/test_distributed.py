@@ -47,14 +47,14 @@ def apart(self, *arguments):
         distributed.WORLD = world
 
 trainer.StepTrainer.training_step = noted
-tell = console.tell
+tell = console._warn
 
 def interrupted(*parts):
     if mode == "killed" and "error" in str(parts[0]):
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, which may come at any moment
     tell(*parts)
 
-console.tell = interrupted
+console._warn = interrupted
 
 @console.command
 def main():

@@ -4,20 +4,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from etude.config.schema import Config, Section
-from etude.config.yaml import UNFIT, KeyPath, Layer, parse_yaml, read_yaml, scalar
+from etude.config.schema import SECTIONS, Config, Section, contradictions
+from etude.config.yaml import KeyPath, Layer, parse_value, read_yaml, scalar
 from etude.errors import UserError, nearest
 
 
 def load_config(
     path: str | Path | None, presets: Sequence[str] = (), overrides: Sequence[str] = ()
 ) -> Config:
-    """Read config.yml, lay presets and ``key=value`` overrides over it, and check everything.
+    """Read config.yml, apply presets and ``key=value`` overrides on top, and check everything.
 
     Later layers win key by key. `path` None starts from the defaults.
 
@@ -30,13 +31,15 @@ def load_config(
     values: dict[str, Any] = {}
     origin: dict[KeyPath, str] = {}
     for layer in layers:
-        _merge(values, layer.values)
+        for section, keys in layer.values.items():
+            both = isinstance(keys, dict) and isinstance(values.get(section), dict)
+            values[section] = {**values[section], **keys} if both else keys
         origin.update(layer.origin)
     return check_config(values, origin)
 
 
 def check_config(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
-    """Validate plain values against the schema; `origin` tells where each key path was written.
+    """Validate plain values against the schema; `origin` has the place where each key was written.
 
     Raises:
         UserError: all faults of form and all contradictions between keys, one a line.
@@ -45,111 +48,38 @@ def check_config(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        for item in error.errors():
-            faults[tuple(item["loc"])] = _explain(
-                tuple(item["loc"]), item["type"], item["msg"], item["input"]
-            )
+        faults = {tuple(item["loc"]): _explain(item) for item in error.errors()}
         # The keys at fault fall back to their defaults, so that contradictions elsewhere show too.
-        config = Config.model_validate(_without(values, faults))
-    bad_sections = {loc[:2] for loc in faults}
-    for keys, message in _contradictions(config):
-        if not bad_sections & {tuple(key.split(".")) for key in keys}:
-            faults.setdefault(tuple(keys[0].split(".")), message)
+        config = Config.model_validate(_without(values, {loc[:2] for loc in faults}))
+    wrong = {".".join(map(str, loc[:2])) for loc in faults}
+    for keys, problem in contradictions(config):
+        if not wrong.intersection(keys):
+            faults.setdefault(tuple(keys[0].split(".")), problem)
     if not faults:
         return config
-    # In the order of the file; `origin` was filled in that order.
-    written = list(origin)
-    places = {loc: _written(loc, origin) for loc in faults}
-    lines = [
-        f"{origin[place] + ': ' if place else ''}{'.'.join(map(str, loc))}: {faults[loc]}"
-        for loc, place in sorted(
-            places.items(), key=lambda at: written.index(at[1]) if at[1] else -1
-        )
-    ]
     raise UserError(
-        f"The configuration has {len(lines)} {'fault' if len(lines) == 1 else 'faults'}:\n  "
-        + "\n  ".join(lines)
-        + "\nMend them and run again; `etude init` writes a config.yml that explains every key."
+        f"The configuration has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}:\n"
+        + "".join(
+            f"  {_place(loc, origin)}{'.'.join(map(str, loc))}: {problem}\n"
+            for loc, problem in faults.items()
+        )
+        + "Fix these and rerun; `etude init` writes a config.yml that explains every key."
     )
 
 
-def _contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
-    """Yield (the keys at odds, what is wrong, what to do) for values that cannot stand together."""
-    training, dataset, evaluation = config.training, config.dataset, config.evaluation
-    if training.fp16 and training.use_cpu:
-        yield (
-            ["training.fp16", "training.use_cpu"],
-            (
-                "float16 needs a GPU, and training.use_cpu is true; set fp16: false (CPU) or "
-                "use_cpu: false (GPU)"
-            ),
-        )
-    if training.fp16 and training.bf16:
-        yield ["training.fp16", "training.bf16"], "fp16 and bf16 exclude each other; keep one"
-    if config.model.quantization and config.lora.use_dora:
-        yield (
-            ["model.quantization", "lora.use_dora"],
-            "DoRA needs the base's own weights; set quantization: null or use_dora: false",
-        )
-    if config.model.dtype == "float16" and training.use_cpu:
-        yield (
-            ["model.dtype", "training.use_cpu"],
-            "float16 needs a GPU, and training.use_cpu is true; set dtype: auto or float32",
-        )
-    if training.max_steps and training.warmup_steps >= max(training.max_steps, 1):
-        yield (
-            ["training.warmup_steps", "training.max_steps"],
-            (
-                f"warm-up of {training.warmup_steps:g} steps is not shorter than the training "
-                f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03"
-            ),
-        )
-    validated = bool(dataset.validation or dataset.validation_split)
-    if training.early_stopping_patience and not validated:
-        yield (
-            ["training.early_stopping_patience", "dataset.validation", "dataset.validation_split"],
-            (
-                "early stopping needs validation data; set dataset.validation or "
-                "dataset.validation_split"
-            ),
-        )
-    if evaluation.fair_threshold > evaluation.good_threshold:
-        yield (
-            ["evaluation.fair_threshold", "evaluation.good_threshold"],
-            (
-                f"{evaluation.fair_threshold} is above good_threshold {evaluation.good_threshold}; "
-                "good is the higher one"
-            ),
-        )
-    for name in ("labels", "text"):
-        if f"{{{name}}}" not in dataset.instruction:
-            yield (
-                ["dataset.instruction"],
-                f"lacks {{{name}}}; an instruction needs {{labels}} and {{text}}",
-            )
-    if dataset.special_tokens == "parse" and dataset.format not in ("auto", "text"):
-        yield (
-            ["dataset.special_tokens", "dataset.format"],
-            f"parse is for format text, and the format is {dataset.format}, whose control tokens the "
-            "chat template writes; set special_tokens: text",
-        )
-    if dataset.labels and len(set(dataset.labels)) < len(dataset.labels):
-        yield (
-            ["dataset.labels"],
-            f"duplicate label in {dataset.labels} (white space and accents are normalised)",
-        )
-    if dataset.labels and "" in dataset.labels:
-        yield ["dataset.labels"], "a label is empty; name every class"
-    if dataset.overlength == "split" and dataset.format not in ("auto", "text"):
-        yield (
-            ["dataset.overlength", "dataset.format"],
-            f"split is for raw text, and the format is {dataset.format}; set truncate or drop",
-        )
-    if dataset.labels and dataset.format not in ("auto", "classification"):
-        yield (
-            ["dataset.labels", "dataset.format"],
-            f"labels belong to format classification, and the format is {dataset.format}",
-        )
+def _without(values: dict[str, Any], bad: set[KeyPath]) -> dict[str, Any]:
+    """A copy of the two-level `values` without the keys (or whole sections) that are `bad`."""
+    return {
+        section: {key: value for key, value in keys.items() if (section, key) not in bad}
+        for section, keys in values.items()
+        if (section,) not in bad
+    }
+
+
+def _place(loc: KeyPath, origin: dict[KeyPath, str]) -> str:
+    """Where the key, or the nearest one around it, was written; empty if nowhere."""
+    around = (loc[:n] for n in range(len(loc), 0, -1))
+    return next((f"{origin[path]}: " for path in around if path in origin), "")
 
 
 KINDS = {
@@ -162,82 +92,52 @@ KINDS = {
 }
 
 
-def _explain(loc: KeyPath, kind: str, message: str, value: object) -> str:
+def _explain(item: ErrorDetails) -> str:
     """One sentence for one pydantic fault."""
+    kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
-        known = list(key_paths())
-        dotted = ".".join(map(str, loc))
-        # The same key in another section is a likelier slip than a look-alike beside it.
-        same = [key for key in known if key.split(".")[-1] == loc[-1]]
-        sections = list(Config.model_fields)
-        beside = [key.split(".")[1] for key in known if key.startswith(f"{loc[0]}.")]
-        names = sections if len(loc) == 1 else beside
-        if len(loc) == 1:
-            near = nearest(dotted, known + sections)
-        else:
-            # The last names alone: the section before them would make all its keys look alike.
-            last = nearest(str(loc[-1]), beside)
-            near = last and f"{loc[0]}.{last}"
-        guess = " or ".join(same) or near
-        return "unknown key; " + (
-            f"did you mean {guess}?" if guess else f"known here: {', '.join(names)}"
-        )
-    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    text = f"{shown} {KINDS.get(kind) or message.replace('Input should', 'should')}"
-    if kind == "float_type" or kind == "int_type":
-        text += " (write it without quotes)" if isinstance(value, str) and _number(value) else ""
+        return _unknown(*map(str, item["loc"]))
+    shown = repr(value) if len(repr(value)) < 60 else f"{value!r:.57}..."
+    if kind == "model_type":
+        return f"a section with keys of its own is expected here, not {shown}"
+    message = item["msg"].replace("Input should", "should").replace("Value error, ", "")
+    text = f"{shown} {KINDS.get(kind, message)}".replace("True or False", "true or false")
+    if kind in ("float_type", "int_type") and re.fullmatch(r"'[-+.\de]+'", shown):
+        text += " (write it without quotes)"
     if kind == "literal_error" and isinstance(value, str):
         guess = nearest(value, re.findall(r"'([^']+)'", message))
-        text = text.replace("True or False", "true or false")
         text += f"; did you mean {guess}?" if guess else ""
-    if kind == "model_type":
-        text = f"a section with keys of its own is expected here, not {shown}"
     return text
 
 
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _unknown(first: str, *rest: str) -> str:
+    """What to say of an unknown section `first`, or of an unknown key in it."""
+    name = rest[0] if rest else first
+    keys = [key.split(".") for key in key_paths()]
+    # The same key in another section is a likelier slip than a look-alike beside it.
+    guesses = [f"{section}.{key}" for section, key in keys if key == name]
+    known = {key: f"{section}.{key}" for section, key in keys if not rest or section == first}
+    if not rest:
+        known |= {section: section for section in SECTIONS}
+    near = nearest(name, known)
+    if near and not guesses:
+        guesses = [known[near]]
+    if guesses:
+        return f"unknown key; did you mean {' or '.join(guesses)}?"
+    return f"unknown key; known here: {', '.join(known if rest else SECTIONS)}"
 
 
 def key_paths() -> Iterator[str]:
     """Every key of the schema, dotted: ``model.name``, ``lora.r``, ..."""
-    for section, field in Config.model_fields.items():
-        for key in field.default.__class__.model_fields:
-            yield f"{section}.{key}"
+    for name, section in SECTIONS.items():
+        for key in section.model_fields:
+            yield f"{name}.{key}"
 
 
 def value_at(config: Config, key: str) -> object:
     """The value of a dotted key."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
-
-
-def _written(loc: KeyPath, origin: dict[KeyPath, str]) -> KeyPath | None:
-    """The key path itself or the nearest one around it that was written somewhere."""
-    return next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in origin), None)
-
-
-def _without(values: dict[str, Any], faults: dict[KeyPath, str]) -> dict[str, Any]:
-    """A copy of the two-level `values` without the keys (or whole sections) at fault."""
-    bad = {loc[:2] for loc in faults}
-    return {
-        section: {key: value for key, value in keys.items() if (section, key) not in bad}
-        for section, keys in values.items()
-        if (section,) not in bad and isinstance(keys, dict)
-    }
-
-
-def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    """Lay `layer` over `into`, section by section; a key's whole value is replaced."""
-    for section, keys in layer.items():
-        if isinstance(keys, dict) and isinstance(into.get(section), dict):
-            into[section] = {**into[section], **keys}
-        else:
-            into[section] = keys
 
 
 # --- the command line -------------------------------------------------------------------------
@@ -252,16 +152,24 @@ def parse_override(text: str) -> Layer:
     Raises:
         UserError: not of that form.
     """
-    key, equals, value = text.partition("=")
+    key, equals, written = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
+        meant = [known for known in key_paths() if known.endswith(f".{section}")]
         raise UserError(
-            f"command line: {text!r} is not of the form section.key=value, for example lora.r=16"
+            f"command line: {text!r:.200} is neither a file or folder here nor a setting, which has "
+            "the form section.key=value, for example lora.r=16"
+            + (f"; did you mean {' or '.join(meant)}?" if meant else "")
         )
-    return Layer(
-        {section: {name: _value(section, name, value, f"command line ({text:.200})")}},
-        {(section,): "command line", (section, name): "command line"},
-    )
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    kinds = _kinds(field.annotation) if field else {str}  # an unknown key is the fault
+    value: Any = written
+    if not kinds <= {str, NoneType}:
+        value = parse_value(written, f"command line ({text:.200})")
+    elif NoneType in kinds:
+        value = {"null": None, "": None, '"null"': "null"}.get(written, written)
+    place = "command line"
+    return Layer({section: {name: value}}, {(section,): place, (section, name): place})
 
 
 def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -281,25 +189,6 @@ def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for section, keys in settings.items()
         for key, value in keys.items()
     ]
-
-
-def _value(section: str, name: str, written: str, where: str) -> Any:
-    """What `written` on the command line is for the key section.name."""
-    field = Config.model_fields.get(section)
-    known = field and type(field.default).model_fields.get(name)
-    kinds = (
-        _kinds(known.annotation) if known else {str}
-    )  # an unknown key is the fault, not its value
-    if kinds <= {str, type(None)}:
-        if unfit := UNFIT.search(written):
-            raise UserError(f"{where}: {unfit[0]!r} is a NUL or half a character; write plain text")
-        words = {"null": None, "": None, '"null"': "null"} if type(None) in kinds else {}
-        return words.get(written, written)
-    # Two levels deep, as in a file, where a bare null on the first level is an empty section.
-    values = parse_yaml(f"s:\n v: {written}", where).values
-    if values.keys() != {"s"} or values["s"].keys() != {"v"}:
-        raise UserError(f"{where}: more than one value; give each key a setting of its own")
-    return values["s"]["v"]
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -344,11 +233,11 @@ def preset_path(name: str) -> Path:
 def to_yaml(config: Config) -> str:
     """Write `config` as YAML, each key under its section, with one comment each."""
     lines = ["# Etude's configuration. Every key is optional and has a default.", ""]
-    for section in Config.model_fields:
-        part: Section = getattr(config, section)
-        lines += [f"# {part.__doc__}", f"{section}:"]
-        for key, field in type(part).model_fields.items():
-            entry = f"  {key}: {scalar(getattr(part, key))}"
+    for name in SECTIONS:
+        section: Section = getattr(config, name)
+        lines += [f"# {section.__doc__}", f"{name}:"]
+        for key, field in type(section).model_fields.items():
+            entry = f"  {key}: {scalar(getattr(section, key))}"
             if len(entry) + len(field.description or "") > 96:
                 lines += [f"  # {field.description}", entry]
             else:
