@@ -57,11 +57,15 @@ def check_config(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
             faults.setdefault(tuple(keys[0].split(".")), problem)
     if not faults:
         return config
+    # In the order of the file, in which `origin` was filled.
+    order = {path: number for number, path in enumerate(origin)}
+    places = sorted((order.get(_around(loc, origin), -1), loc) for loc in faults)
     raise UserError(
         f"The configuration has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}:\n"
         + "".join(
-            f"  {_place(loc, origin)}{'.'.join(map(str, loc))}: {problem}\n"
-            for loc, problem in faults.items()
+            f"  {f'{origin[near]}: ' if (near := _around(loc, origin)) else ''}"
+            f"{'.'.join(map(str, loc))}: {faults[loc]}\n"
+            for _, loc in places
         )
         + "Fix these and rerun; `etude init` writes a config.yml that explains every key."
     )
@@ -76,10 +80,9 @@ def _without(values: dict[str, Any], bad: set[KeyPath]) -> dict[str, Any]:
     }
 
 
-def _place(loc: KeyPath, origin: dict[KeyPath, str]) -> str:
-    """Where the key, or the nearest one around it, was written; empty if nowhere."""
-    around = (loc[:n] for n in range(len(loc), 0, -1))
-    return next((f"{origin[path]}: " for path in around if path in origin), "")
+def _around(loc: KeyPath, origin: dict[KeyPath, str]) -> KeyPath:
+    """The key, or the nearest one around it, that was written somewhere; empty if none was."""
+    return next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in origin), ())
 
 
 KINDS = {
