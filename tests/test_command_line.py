@@ -1,5 +1,6 @@
 """What is typed on a command line arrives as it was typed, and a printed command can be typed again."""
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import etude
 from etude import console, train_with_config
 from etude.chat import changed
+from etude.cli import app
 from etude.config.loading import (
     _kinds,
     check_config,
@@ -25,6 +29,15 @@ from etude.errors import UserError, command
 from etude.runs import opening
 from etude.runs.card import model_card
 from etude.runs.folder import CONFIG, begin_run, how_to_continue
+
+ROOT = Path(__file__).parent.parent
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result
+
 
 TEXT_KEYS = (
     "model.name", "model.revision", "model.chat_template", "dataset.train", "dataset.validation",
@@ -226,3 +239,59 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
 def test_text_with_colons_is_printed_as_it_is(capsys):
     console.say("response", "a :smile: [bold] b")  # Rich would make a picture of it
     assert ":smile: [bold] b" in capsys.readouterr().out
+
+
+# --- version, help, schema --------------------------------------------------------------------
+
+
+def test_the_version_is_printed():
+    assert invoke("--version").stdout == f"etude {etude.__version__}\n"
+
+
+def test_every_command_shows_examples():
+    names = [info.callback.__name__ for info in app.registered_commands]
+    assert len(names) == 9
+    for name in ["", *names]:
+        shown = invoke(*filter(None, [name]), "--help").stdout
+        assert "Examples:" in shown or name == "schema", name
+
+
+def test_completion_for_a_shell_is_printed():
+    assert "COMPLETE=complete_bash" in invoke("--show-completion", "bash").stdout
+
+
+def test_the_schema_is_that_of_config_yml():
+    text = invoke("schema").stdout
+    assert (ROOT / "config.schema.json").read_text() == text
+    schema = json.loads(text)
+    sections = {
+        name: schema["$defs"][part["$ref"].rsplit("/", 1)[1]]
+        for name, part in schema["properties"].items()
+    }
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section["properties"]]
+    assert keys == list(key_paths())
+    for name, section in sections.items():
+        assert section["additionalProperties"] is False
+        for key, field in section["properties"].items():
+            assert field["default"] == json.loads(json.dumps(value_at(Config(), f"{name}.{key}")))
+            assert field["description"]
+    assert sections["training"]["properties"]["lr_scheduler"]["enum"] == [
+        "linear",
+        "cosine",
+        "constant",
+    ]
+
+
+def test_init_writes_the_repositorys_files_and_replaces_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke("init")
+    for name in ("config.yml", "config.schema.json"):
+        assert Path(name).read_text() == (ROOT / name).read_text()
+    assert (
+        Path("config.yml")
+        .read_text()
+        .startswith("# yaml-language-server: $schema=config.schema.json\n")
+    )
+    Path("config.schema.json").write_text("mine")
+    invoke("init", "other.yml")
+    assert Path("config.schema.json").read_text() == "mine"

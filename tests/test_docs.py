@@ -240,7 +240,7 @@ def test_the_machine_tables_say_what_the_presets_set():
 
 def test_config_yml_is_what_the_schema_writes():
     written = (ROOT / "config.yml").read_text(encoding="utf-8")
-    assert written == to_yaml(Config())
+    assert written == cli.MODELINE + to_yaml(Config())
     assert written.count("\n") > 50
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from etude import train_with_config
-from etude.cli import app
+from etude.cli import MODELINE, app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
 from etude.data import dataset
@@ -265,7 +265,7 @@ def test_an_adapter_made_elsewhere_is_opened_by_its_own_config(run, tiny_model, 
 def test_init_writes_the_schema_and_nothing_over_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert etude("init").exit_code == 0
-    assert (tmp_path / "config.yml").read_text() == to_yaml(Config())
+    assert (tmp_path / "config.yml").read_text() == MODELINE + to_yaml(Config())
     (tmp_path / "config.yml").write_text("mine")
     result = etude("init")
     assert result.exit_code == 2
@@ -275,7 +275,7 @@ def test_init_writes_the_schema_and_nothing_over_a_file(tmp_path, monkeypatch):
 
 
 def test_the_repositorys_config_is_what_init_writes():
-    assert (ROOT / "config.yml").read_text() == to_yaml(Config())
+    assert (ROOT / "config.yml").read_text() == MODELINE + to_yaml(Config())
 
 
 def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):

@@ -1,13 +1,14 @@
 """`etude train | evaluate | chat | ...`: the programs under one name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from etude import chat, console, evaluation, files, train_with_config
-from etude.config.loading import check_config, to_yaml
+from etude import __version__, chat, console, evaluation, files, train_with_config
+from etude.config.loading import check_config, json_schema, to_yaml
 from etude.config.schema import Config
 from etude.data import dataset
 from etude.errors import UserError, command
@@ -18,25 +19,75 @@ from etude.runs.folder import MANIFEST, free_name, is_taken
 from etude.runs.manifest import current_environment, environment_differences, read_manifest
 from etude.training import order
 
-app = typer.Typer(
-    help="Fine-tune a small language model with LoRA from one YAML file, measure it, chat with it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+SCHEMA = "config.schema.json"  # beside config.yml, where editors find it by the first line there
+MODELINE = f"# yaml-language-server: $schema={SCHEMA}\n"
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+app.command(
+    epilog=examples(
+        "etude train config.yml --preset quickstart",
+        "etude train my.yml training.learning_rate=1e-4 output.dir=runs/second",
+        "etude train my.yml   (again: resumes what was interrupted)",
+    )
+)(train_with_config.train)
+app.command(
+    epilog=examples(
+        "etude evaluate runs/quickstart --base",
+        'etude evaluate runs/quickstart --text "What a wonderful day"',
+        "etude evaluate smollm2-135m --data rows.jsonl evaluation.max_rows=200",
+    )
+)(evaluation.evaluate)
+app.command(
+    epilog=examples(
+        "etude chat runs/quickstart",
+        'etude chat runs/quickstart --prompt "Hello" generation.temperature=0',
+        "etude chat runs/quickstart --compare",
+    )
+)(chat.chat)
+
+
+def print_version(wanted: bool) -> None:
+    """Print Etude's version and exit, if that is wanted."""
+    if wanted:
+        typer.echo(f"etude {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples(
+        "etude init my.yml             write every key with its default",
+        "etude validate my.yml         check keys and data, plan memory and time",
+        "etude train my.yml            train; the result is a folder under runs/",
+        "etude evaluate runs/default   measure it",
+        "etude chat runs/default       talk to it",
+    )
 )
-app.command()(train_with_config.train)
-app.command()(evaluation.evaluate)
-app.command()(chat.chat)
+def etude(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=print_version, help="print the version"),
+    ] = False,
+) -> None:
+    """Fine-tune a small language model with LoRA from one YAML file, measure it, chat with it."""
 
 
-@app.command()
+@app.command(epilog=examples("etude init", "etude init my.yml"))
 @console.command
 def init(
     file: Annotated[Path, typer.Argument(help="where to write it")] = Path("config.yml"),
 ) -> None:
-    """Write a config.yml with every key, its default and what it does."""
+    """Write a config.yml with every key, its default and what it does, and the schema beside it."""
     try:
-        files.write_text(file, to_yaml(Config()), new=True)
+        files.write_text(file, f"{MODELINE}{to_yaml(Config())}", new=True)
+        if not os.path.lexists(file.with_name(SCHEMA)):
+            files.write_text(file.with_name(SCHEMA), json_schema(), new=True)
     except FileExistsError:
         raise UserError(
             f"{file} exists and is not overwritten; give another name: etude init other.yml"
@@ -48,6 +99,17 @@ def init(
 
 
 @app.command()
+@console.command
+def schema() -> None:
+    """Print the JSON Schema of config.yml, by which editors complete and check keys."""
+    console.out.print(json_schema(), end="")
+
+
+@app.command(
+    epilog=examples(
+        "etude validate my.yml", "etude validate --preset quickstart training.batch_size=4"
+    )
+)
 @console.command
 def validate(
     arguments: train_with_config.Arguments = None,
@@ -76,7 +138,7 @@ def validate(
     console.say("result", f"valid{f', {fitting} in memory' if planned else ''}")
 
 
-@app.command()
+@app.command(epilog=examples("etude verify runs/quickstart"))
 @console.command
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
@@ -89,7 +151,7 @@ def verify(
     console.say("proof", found)
 
 
-@app.command()
+@app.command(epilog=examples("etude reproduce runs/quickstart"))
 @console.command
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run's folder")],
@@ -139,7 +201,7 @@ def reproduce(
     raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=examples("etude runs", "etude runs runs/first runs/second"))
 @console.command
 def runs(
     names: Annotated[
@@ -160,14 +222,6 @@ def runs(
         blocks = listing.tables(found)
     for block in [json.dumps(found, indent=1)] if as_json else blocks:
         console.out.print(block)
-
-
-@app.command("version")
-def show_version() -> None:
-    """Print Etude's version."""
-    from importlib.metadata import version
-
-    typer.echo(f"etude {version('etude')}")
 
 
 def main() -> None:

@@ -247,3 +247,8 @@ def to_yaml(config: Config) -> str:
                 lines.append(f"{entry}  # {field.description}")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def json_schema() -> str:
+    """The JSON Schema of config.yml (draft 2020-12), as text."""
+    return json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
