@@ -92,13 +92,27 @@ def test_scores_and_figures_are_those_of_the_program(model, adapter, rows, tmp_p
     assert found["models"] == report["models"] and found["data"] == report["data"]
 
 
-def test_the_example_of_the_readme_runs(model, rows, monkeypatch, capsys):
+def small(tiny_model, rows, folder):
+    """Settings of a training of two steps."""
+    return {
+        **ON_CPU,
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "dataset": {"train": str(rows), "validation_split": 0, "test": None, "max_length": 64},
+        "training": {"use_cpu": True, "max_steps": 2, "warmup_steps": 0},
+        "output": {"dir": str(folder)},
+    }
+
+
+def test_the_example_of_the_readme_runs(model, rows, tiny_model, tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    train, settings = etude.train, small(tiny_model, rows, tmp_path / "run")
     monkeypatch.setattr(etude, "load", lambda run: model)
+    monkeypatch.setattr(etude, "train", lambda preset, **more: train(**settings, **more))
     exec(code.replace("data/tweets_sentiment.validation.jsonl", str(rows)), {})
     printed = capsys.readouterr().out.splitlines()
-    assert "'good': 0." in printed[0] and 0 <= float(printed[-1]) <= 1
+    assert [line.split()[0] for line in printed[:2]] == ["1", "2"]  # the steps
+    assert "'good': 0." in printed[2] and 0 <= float(printed[-1]) <= 1
 
 
 def test_mistakes_are_user_errors(model, tiny_model):
@@ -117,3 +131,25 @@ def test_importing_etude_imports_little():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n" and "no attribute 'nothing'" in done.stderr
     assert all(getattr(etude, name) for name in etude.__all__)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_train_trains_as_the_program_does_and_prints_nothing(tiny_model, rows, tmp_path, capfd):
+    settings = small(tiny_model, rows, tmp_path / "run")
+    steps = []
+    run = etude.train(**settings, lora={"r": 4}, on_step=steps.append)
+    assert capfd.readouterr() == ("", "")
+    assert [(step.number, step.steps) for step in steps] == [(1, 2), (2, 2)]
+    assert run.results["train_loss"] == steps[-1].loss
+    written = json.loads((run.folder / "manifest.json").read_text())
+    assert written["config"]["lora"]["r"] == 4 and written["results"] == run.results
+    program = tmp_path / "program"
+    etude_program("train", run.folder / "config.yml", f"output.dir={program}")
+    assert lora.digest(lora.read_weights(program)) == lora.digest(lora.read_weights(run.folder))
+    assert etude.load(str(run.folder), **ON_CPU).score("good thing").keys() == set(LABELS)
+    with pytest.raises(etude.UserError, match="holds a finished run, which is never overwritten"):
+        etude.train(**settings)
+    with pytest.raises(etude.UserError, match=r"lora\.rank"):
+        etude.train(preset="quickstart", lora={"rank": 8})

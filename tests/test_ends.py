@@ -142,7 +142,8 @@ def test_a_program_without_memory_ends_with_a_sentence(program, monkeypatch, tmp
 
 def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_with_config, "run_training", lambda *_: throw(FULL))
+    monkeypatch.setattr(train_with_config, "train_in", lambda *_: throw(FULL))
+    monkeypatch.setattr("etude.training.resuming.refuse_taken", lambda _: None)
     arguments = ["train", "--preset", "cpu", "output.dir=my run"]
     result = CliRunner().invoke(cli.app, arguments)
     assert (result.exit_code, "--resume" in result.output) == (2, False)
@@ -155,7 +156,7 @@ def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_pat
     assert "then go on with: etude train 'my run/config.yml' --resume 'output.dir=my run'" in (
         result.output.replace("\n", " ")
     )
-    monkeypatch.setattr(train_with_config, "run_training", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_with_config, "train_in", lambda *_: 1 / 0)
     assert isinstance(CliRunner().invoke(cli.app, arguments).exception, ZeroDivisionError)
 
 

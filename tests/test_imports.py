@@ -15,7 +15,8 @@ HEAVY = {
 # main.py is a script for reading; the others' classes have their bases in torch or transformers, so
 # they are themselves imported only where they are used.
 AT_THE_TOP = {
-    "etude.main", "etude.training.trainer", "etude.engine.loss", "etude.engine.int8", "etude.engine.compiling"
+    "etude.main", "etude.training.trainer", "etude.training.guards", "etude.engine.loss", "etude.engine.int8",
+    "etude.engine.compiling",
 }  # fmt: skip
 FILES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path

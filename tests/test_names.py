@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from etude import train_with_config as training
 from etude.config.loading import load_config, preset_path
 from etude.conversation import history
 from etude.data import readers
 from etude.errors import UserError
 from etude.models import loading, lora
 from etude.runs import evaluations, opening
+from etude.training import resuming
 
 ATOMS = [
     *("..", ".", "", "~", "~root", "~nobody", "%2e%2e", "%2f", "%00", "．．", "‥", "․․", "∕", "／"),
@@ -110,7 +110,7 @@ def report(name):
 
 
 def output(name):
-    training.open_folder(load_config(None, overrides=[f"output.dir={name}"]), None)
+    resuming.open_folder(load_config(None, overrides=[f"output.dir={name}"]), None)
 
 
 def save(name):

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from etude import train_with_config
 from etude.cli import MODELINE, app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
@@ -22,7 +21,7 @@ from etude.errors import UserError
 from etude.models import device, loading
 from etude.runs import opening
 from etude.runs.folder import CHECKPOINTS
-from etude.training import checkpoints, trainer
+from etude.training import checkpoints, resuming, trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -230,10 +229,10 @@ def test_what_was_found_is_written_into_the_runs_configuration():
     table = dataset.Table("file", "classification", [], "0", labels=["no", "yes"])
     place = device.choose("float32", True)
     hub = loading.Base(None, None, "some/model", "commit:abc", place)
-    found = train_with_config.resolved(settings, table, hub)
+    found = resuming.with_found(settings, table, hub)
     assert (found.dataset.labels, found.model.revision) == (["no", "yes"], "abc")
     local = loading.Base(None, None, "folder", "sha256:abc", place)
-    assert train_with_config.resolved(settings, table, local).model.revision is None
+    assert resuming.with_found(settings, table, local).model.revision is None
 
 
 def test_an_adapter_meets_only_its_own_base_and_format(run, tiny_model, tmp_path):

@@ -58,7 +58,9 @@ def test_the_adapter_beats_its_base_on_tweets_it_never_saw(run):
 def test_one_tweet_and_one_prompt_are_answered(run):
     output = etude("evaluate", run, "--text", "I love this, what a wonderful day!").output
     assert output.index("positive") < output.index("negative")
-    answer = etude("chat", run, "--prompt", "What is the capital of France?", "--temperature", 0)
+    answer = etude(
+        "chat", run, "--prompt", "What is the capital of France?", "generation.temperature=0"
+    )
     assert "Paris" in answer.stdout
 
 

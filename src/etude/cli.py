@@ -7,17 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from etude import __version__, chat, console, evaluation, files, train_with_config
+from etude import __version__, chat, console, evaluation, files, screen, train_with_config
 from etude.config.loading import check_config, json_schema, to_yaml
 from etude.config.schema import Config
-from etude.data import dataset
 from etude.errors import UserError, command
 from etude.files import expanded
-from etude.models import loading
-from etude.runs import comparison, listing, opening, proof
+from etude.runs import comparison, listing, proof
 from etude.runs.folder import MANIFEST, free_name, is_taken
 from etude.runs.manifest import current_environment, environment_differences, read_manifest
-from etude.training import order
+from etude.training import planning
 
 SCHEMA = "config.schema.json"  # beside config.yml, where editors find it by the first line there
 MODELINE = f"# yaml-language-server: $schema={SCHEMA}\n"
@@ -119,23 +117,16 @@ def validate(
     """Check the configuration, read the data, and plan memory and time, without the model's weights."""
     settings = train_with_config.config_from(arguments or [], config, preset or [])
     console.say("config", "valid")
-    tables = train_with_config.read_tables(settings)
+    reporter = screen.Screen()
+    tables = train_with_config.read_tables(settings, reporter)
     for split, table in tables.items():
         labels = f", labels {', '.join(table.labels)}" if table.labels else ""
         rows = f"{len(table.rows):,} rows, format {table.format}{labels}"
         console.say("read", f"{split}: {table.source}: {rows}")
-    place = train_with_config.choose_device(settings)
     console.quiet_transformers()
-    outline = loading.outline(settings.model.name, settings.model.revision)
-    renderer = opening.renderer_for(outline, settings)
-    window = loading.window(outline.config)
-    splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
-    train_with_config.show_data(splits, outline.tokenizer)
-    examples = {name: split.examples for name, split in splits.items()}
-    steps = order.step_count(settings, len(examples["train"]))
-    planned, fits = train_with_config.make_plan(settings, outline, place, examples, steps)
-    fitting = "and the training fits" if fits else "but by the plan the training does not fit"
-    console.say("result", f"valid{f', {fitting} in memory' if planned else ''}")
+    plan = planning.plan_training(settings, tables, reporter)
+    fitting = "and the training fits" if plan.fits else "but by the plan the training does not fit"
+    console.say("result", f"valid{f', {fitting} in memory' if plan.memory else ''}")
 
 
 @app.command(epilog=examples("etude verify runs/quickstart"))
@@ -161,7 +152,7 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="go on although memory is short")] = False,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
-    console.start_log()
+    reporter = screen.Screen()
     folder = expanded(str(run))
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {MANIFEST}), so it cannot be repeated")
@@ -182,7 +173,8 @@ def reproduce(
     elsewhere = environment_differences(manifest.get("environment", {}), current_environment())
     for difference in elsewhere:
         console.notice(f"since the first training: {difference}")
-    train_with_config.run_training(settings, force=force, again=manifest)
+    done = train_with_config.run_training(settings, reporter, force=force, repeated=manifest)
+    train_with_config.show_end(settings, done.results)
     found = comparison.compare_training(folder, again)
     console.say("losses", found.losses)
     console.say("adapter", found.adapter)

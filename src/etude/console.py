@@ -236,7 +236,7 @@ def _quiet() -> None:
     logger = logging.getLogger("etude")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not logger.handlers:
+    if not any(isinstance(handler, _Notices) for handler in logger.handlers):
         logger.addHandler(_Notices())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

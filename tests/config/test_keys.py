@@ -18,7 +18,7 @@ from etude.measure import responses
 from etude.model import read_table
 from etude.models import device, loading, lora
 from etude.runs import opening
-from etude.training import order, trainer
+from etude.training import order, resuming, trainer
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         renderer = opening.renderer_for(base(config), config)
         return {
             split: dataset.encode(table, renderer, config.dataset, split).examples
-            for split, table in train_with_config.read_tables(config).items()
+            for split, table in dataset.read_splits(config.dataset, config.training.seed)[0].items()
         }
 
     def kept(config):
@@ -201,7 +201,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         return order.step_count(config, 20)
 
     def folder(config):
-        return train_with_config.open_folder(config, False)
+        return resuming.open_folder(config, False), config.output.dir
 
     return SimpleNamespace(**locals())
 

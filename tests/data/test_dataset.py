@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from etude import train_with_config
+from etude import screen
 from etude.config.loading import load_config
 from etude.config.schema import Dataset, normal_label
 from etude.conversation.renderer import Example, Renderer
@@ -1266,7 +1266,7 @@ def test_printed_examples_tell_typed_control_tokens_from_real_ones(
 ):
     pair = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
     example = renderer.render(pair)
-    train_with_config.show_example(1, example, sample_tokenizer)
+    screen.show_example(1, example, sample_tokenizer)
     head, _, shown = capsys.readouterr().out.partition("\n")
     if content == "nothing":
         assert "<|im_start|>assistant\n⟦Yes<|im_end|>⟧" in shown and "tokens" not in head
@@ -1446,7 +1446,7 @@ def test_validation_is_cut_from_the_rows_drawn(write, most, share, held):
     source = write("rows.jsonl", pairs(*map(str, range(400))))
     drawn = load_config(None, (), [f"dataset.train={source}", f"dataset.validation_split={share}"])
     some = drawn.dataset.model_copy(update={"max_rows": most})
-    tables = train_with_config.read_tables(drawn.model_copy(update={"dataset": some}))
+    tables = dataset.read_splits(some, drawn.training.seed)[0]
     assert len(tables["validation"].rows) == held
     assert len(tables["train"].rows) == (most or 400) - held
     lines = [row.line for table in tables.values() for row in table.rows]
@@ -1456,13 +1456,8 @@ def test_validation_is_cut_from_the_rows_drawn(write, most, share, held):
 
 def test_a_validation_of_its_own_stays_whole(write):
     train, other = write("a.jsonl", pairs(*"abcdefgh")), write("b.jsonl", pairs(*"ijklm"))
-    tables = train_with_config.read_tables(
-        load_config(
-            None,
-            (),
-            [f"dataset.train={train}", f"dataset.validation={other}", "dataset.max_rows=3"],
-        )
-    )
+    settings = Dataset(train=str(train), validation=str(other), max_rows=3)
+    tables, _ = dataset.read_splits(settings, 42)
     assert [len(table.rows) for table in tables.values()] == [3, 5]
 
 

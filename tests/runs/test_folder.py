@@ -20,12 +20,10 @@ from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config
 from etude.conversation import history
-from etude.conversation.renderer import Example
 from etude.data import dataset
-from etude.data.report import Report
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs import evaluations, opening, plots, proof, report
+from etude.runs import card, evaluations, manifest, opening, plots, proof, report
 from etude.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -45,7 +43,8 @@ from etude.runs.folder import (
     refuse_live,
     write_file,
 )
-from etude.training import checkpoints, rehearsal, trainer
+from etude.training import checkpoints, planning, resuming
+from etude.training.reporter import Reporter
 
 QUICK = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 NAMES = [
@@ -124,13 +123,10 @@ THINGS = st.dictionaries(
 def program():
     """`etude train` with its own folders, locks and writes, but no model: fast enough to try often."""
     table = dataset.Table("file", "text", [], "0")
-    split = dataset.Split(
-        table, [Example([1, 2], [False, True])], Report("train", "file", "text", 0)
-    )
     base = loading.Base(None, None, "m", "sha256:1", device.Device("cpu", "float32", "cpu"))
     seen = SimpleNamespace(during=lambda folder: None, checkpoints=1)
 
-    def fit(model, config, place, examples, folder, *_):
+    def fit(model, config, plan, folder, checkpoint, reporter):
         files.append(folder / METRICS, '{"step": 1, "seconds": 0.1, "loss": 1.0}\n')
         if seen.checkpoints:
             record_file(folder, f"{CHECKPOINTS}/checkpoint-1")
@@ -151,24 +147,19 @@ def program():
 
     with pytest.MonkeyPatch.context() as patch:
         twc = train_with_config
-        patch.setattr(twc, "read_tables", lambda _: {"train": table})
-        patch.setattr(twc, "choose_device", lambda _: base.device)
-        patch.setattr(loading, "outline", lambda *_: SimpleNamespace(tokenizer=None, config=None))
-        patch.setattr(opening, "renderer_for", lambda *_: SimpleNamespace(state=dict, date=None))
-        patch.setattr(twc, "current_environment", lambda: {"libraries": {"etude": "1"}})
-        patch.setattr(dataset, "encode_splits", lambda *_: {"train": split})
-        patch.setattr(twc, "show_data", lambda *_: None)
-        patch.setattr(twc, "make_plan", lambda *_: (None, False))
-        patch.setattr(loading, "load", lambda *_: base)
-        patch.setattr(lora, "attach", lambda *_: None)
+        renderer = SimpleNamespace(state=dict, date=None)
+        plan = planning.Planned(base.device, None, renderer, {}, 1, None, False)
+        patch.setattr(twc, "read_tables", lambda *_: {"train": table})
+        patch.setattr(planning, "plan_training", lambda *_: plan)
+        for module in (resuming, manifest):
+            patch.setattr(module, "current_environment", lambda: {"libraries": {"etude": "1"}})
+        patch.setattr(twc, "load_model", lambda *_: (base, None))
         patch.setattr(lora, "count", lambda _: "few")
-        patch.setattr(twc, "prepare", lambda *_: (None, "no engine"))
-        patch.setattr(rehearsal, "rehearse", lambda *_: None)
-        patch.setattr(trainer, "fit", fit)
+        patch.setattr(twc, "fit", fit)
         patch.setattr(lora, "save", save)
         patch.setattr(proof, "expect", expect)
         patch.setattr(proof, "in_a_new_process", lambda _: "left out")
-        patch.setattr(twc, "model_card", lambda *_: "card")
+        patch.setattr(card, "model_card", lambda *_: "card")
         patch.setattr(plots, "loss_plot", lambda _, picture: picture.write_bytes(b"PNG"))
         patch.setattr(checkpoints, "read_progress", lambda _: {"processes": 1})
         patch.setattr(device, "used_memory", lambda *_, **__: 0)
@@ -192,7 +183,7 @@ def settings_of(folder):
 
 
 def train(folder, **options):
-    train_with_config.run_training(settings_of(folder), **options)
+    train_with_config.run_training(settings_of(folder), Reporter(), **options)
 
 
 def evaluate(folder, out=None):
@@ -342,10 +333,10 @@ def test_a_setting_edited_in_an_unfinished_runs_own_file_is_noticed(training, tm
     file.write_text(file.read_text().replace("learning_rate: 2e-4", "learning_rate: 1e-3"))
     edited = load_config(file)
     with pytest.raises(UserError, match=r"training.learning_rate 0.0002 \(now 0.001\)"):
-        train_with_config.run_training(edited)
+        train_with_config.run_training(edited, Reporter())
     with pytest.raises(ZeroDivisionError):  # with the settings it began with it goes on
         file.write_text(file.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-4"))
-        train_with_config.run_training(load_config(file))
+        train_with_config.run_training(load_config(file), Reporter())
 
 
 def test_an_adapter_copied_with_its_configuration_is_no_run(training, tmp_path):

@@ -1,6 +1,7 @@
 """A finished run holds an adapter that works, and a run that is repeated is the same run."""
 
 import json
+import logging
 import shutil
 import types
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config, Lora
@@ -25,6 +25,7 @@ from etude.runs.manifest import (
     environment_differences,
     read_metrics,
 )
+from etude.training import resuming
 
 
 def etude(*arguments):
@@ -385,19 +386,20 @@ def test_the_environment_is_recorded_and_differences_are_told():
     assert first == "threads: not recorded, now 2"
 
 
-def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, capsys):
+def test_what_changed_since_is_told_on_resume_and_in_evaluation(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
     base = loading.Base(None, None, "folder", "sha256:1", device.choose("float32", True))
     tables = {"train": dataset.Table("file", "text", [], "0")}
     checkpoint = tmp_path / "checkpoint-1"
     settings = Config()
-    train_with_config.start_folder(tmp_path, None, settings, tables, base, False)
-    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
-    assert "since the training began" not in capsys.readouterr().out
+    resuming.start_folder(tmp_path, None, settings, tables, base, False)
+    resuming.start_folder(tmp_path, checkpoint, settings, tables, base, False)
+    assert "since the training began" not in caplog.text
     stored = json.loads((tmp_path / STARTED).read_text())
     stored["environment"]["threads"] = 64
     (tmp_path / STARTED).write_text(json.dumps(stored))
-    train_with_config.start_folder(tmp_path, checkpoint, settings, tables, base, False)
-    assert "since the training began: threads: 64, now" in capsys.readouterr().out
+    resuming.start_folder(tmp_path, checkpoint, settings, tables, base, False)
+    assert "since the training began: threads: 64, now" in caplog.text
 
     assert changes_since(tmp_path) == []  # no finished run
     manifest = {"base": {"identity": ""}, "config": {}, "chat_format": {}, "data": {}}

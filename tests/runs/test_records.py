@@ -28,8 +28,8 @@ from etude.models import loading, lora
 from etude.runs import comparison, opening, plots, proof
 from etude.runs.card import model_card
 from etude.runs.folder import STARTED
-from etude.runs.manifest import changes_since, read_metrics
-from etude.training import checkpoints, guards, trainer
+from etude.runs.manifest import changes_since, make_manifest, read_metrics
+from etude.training import checkpoints, guards, resuming, trainer
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
@@ -206,10 +206,10 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     model = types.SimpleNamespace(config=None)
     base = loading.Base(model, sample_tokenizer, "./x", "sha256:0", place)
     renderer = Renderer(sample_tokenizer)
-    tables = train_with_config.read_tables(config)
+    tables = dataset.read_splits(config.dataset, config.training.seed)[0]
     splits = dataset.encode_splits(tables, renderer, config.dataset)
     results = {"steps": 1, "eval_loss": 1.0, "seconds": 1.0}
-    manifest = train_with_config.make_manifest(config, base, renderer.state(), splits, results)
+    manifest = make_manifest(config, base, renderer.state(), splits, results)
     loss = {"split": "train", "data": tables["train"].fingerprint, "rows": 2, "value": 1.0}
     expected = {"tensors": 8, "sha256": "0" * 64, "dtype": "float32", "quantization": None}
     return folder, base, renderer, json.loads(json.dumps(manifest)), {**expected, "loss": loss}
@@ -228,9 +228,11 @@ def readers(finished, monkeypatch):
         assert len(f"{expected['sha256']:.12}") <= 12
         return proof.compare_losses(name, model, target, expected, examples)
 
-    def run_training(settings, again, force):
-        train_with_config.check_data(again, train_with_config.read_tables(settings))
-        lora.check_base("the run", again["base"]["identity"], base.identity)
+    def run_training(settings, reporter, force, repeated):
+        resuming.check_data(
+            repeated, dataset.read_splits(settings.dataset, settings.training.seed)[0]
+        )
+        lora.check_base("the run", repeated["base"]["identity"], base.identity)
         raise UserError("as far as this")
 
     monkeypatch.setattr(proof, "examine", examine)
@@ -393,13 +395,13 @@ def test_started_of_another_shape_ends_in_one_sentence(tmp_path, finished):
     tables = {"train": dataset.Table("file", "text", [], "0")}
     config = Config()
     checkpoint = tmp_path / "checkpoint-1"
-    train_with_config.start_folder(tmp_path, None, config, tables, base, False)
-    train_with_config.start_folder(tmp_path, checkpoint, config, tables, base, False)  # the control
+    resuming.start_folder(tmp_path, None, config, tables, base, False)
+    resuming.start_folder(tmp_path, checkpoint, config, tables, base, False)  # the control
     whole = json.loads((tmp_path / STARTED).read_text())
 
     def read(value):
         (tmp_path / STARTED).write_text(json.dumps(value))
-        train_with_config.start_folder(tmp_path, checkpoint, config, tables, base, False)
+        resuming.start_folder(tmp_path, checkpoint, config, tables, base, False)
 
     for value in ([], {**whole, "environment": []}, {**whole, "base": None}):
         with pytest.raises(UserError):

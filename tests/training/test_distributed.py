@@ -15,16 +15,17 @@ from etude.config.loading import load_config, to_yaml
 from etude.errors import UserError
 from etude.models import lora
 from etude.runs import comparison, proof
-from etude.training import trainer
+from etude.training import resuming, trainer
+from etude.training.reporter import Reporter
 
 # Trains as `etude train` does, and notes the rows of every step. "apart" leaves out the sum of the
 # gradients; "killed" ends process 1 as kill -9 does, and the launcher ends process 0 while it reports that.
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from etude import console, distributed, train_with_config
+from etude import console, distributed, screen, train_with_config
 from etude.config.loading import load_config
-from etude.runs import comparison, proof
+from etude.runs import proof
 from etude.training import trainer
 
 proof.in_a_new_process = lambda folder: "left out"  # it has its own tests, and takes seconds
@@ -62,7 +63,8 @@ def main():
     for mode in modes:
         rows.clear()
         trainer.StepTrainer._passes = apart if mode == "apart" else passes
-        train_with_config.run_training(load_config(Path(sys.argv[1]), overrides=[f"output.dir={mode}"]))
+        settings = load_config(Path(sys.argv[1]), overrides=[f"output.dir={mode}"])
+        train_with_config.run_training(settings, screen.Screen())
         Path(f"{mode}-{distributed.RANK}.json").write_text(json.dumps(rows))
 
 main()
@@ -115,7 +117,7 @@ def launched(tiny_model, tmp_path_factory):
         patch.setattr(trainer.StepTrainer, "training_step", noted)
         patch.setattr(proof, "in_a_new_process", lambda folder: "left out")
         output = settings.output.model_copy(update={"dir": str(folder / "one")})
-        train_with_config.run_training(settings.model_copy(update={"output": output}))
+        train_with_config.run_training(settings.model_copy(update={"output": output}), Reporter())
     (folder / "one-0.json").write_text(json.dumps(steps))
     return folder, done
 
@@ -155,7 +157,7 @@ def test_a_killed_process_ends_the_other_and_as_many_go_on_bit_for_bit(launched,
     monkeypatch.chdir(folder)
     settings = load_config(folder / "c.yml", overrides=["output.dir=killed"])
     with pytest.raises(UserError, match=r"other settings: processes 2 \(now 1\)\. .*torchrun"):
-        train_with_config.open_folder(settings, None)
+        resuming.open_folder(settings, None)
     again = launch(folder, "worker.py", "c.yml", "killed")
     assert again.returncode == 0, again.stderr
     assert lora.digest(lora.read_weights(folder / "killed")) == lora.digest(

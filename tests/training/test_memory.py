@@ -11,7 +11,6 @@ import torch
 from test_trainer import ROWS
 from typer.testing import CliRunner
 
-from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config
 from etude.data import dataset
@@ -53,7 +52,7 @@ def prepared(tiny_model, files):
         settings = load_config(None, overrides=overrides_for(tiny_model, files, *more))
         outline = loading.outline(settings.model.name)
         renderer = opening.renderer_for(outline, settings)
-        tables = train_with_config.read_tables(settings)
+        tables = dataset.read_splits(settings.dataset, settings.training.seed)[0]
         splits = dataset.encode_splits(tables, renderer, settings.dataset)
         return settings, outline, {name: split.examples for name, split in splits.items()}
 

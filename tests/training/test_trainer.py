@@ -75,7 +75,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     base = loading.load(settings.model.name, place)
     renderer = opening.renderer_for(base, settings)
     examples = {}
-    for split, table in train_with_config.read_tables(settings).items():
+    for split, table in dataset.read_splits(settings.dataset, settings.training.seed)[0].items():
         examples[split] = dataset.encode(table, renderer, settings.dataset, split).examples
     torch.manual_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name)

@@ -1,5 +1,6 @@
 """What a run records of itself: what it started from, its manifest, its environment, its losses."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -11,7 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from etude import files
+from etude.config.schema import Config
+from etude.data.dataset import Split
 from etude.errors import UserError
+from etude.models.loading import Base
 from etude.runs.folder import MANIFEST, STARTED
 
 LIBRARIES = (
@@ -92,6 +96,29 @@ def read_form(path: Path, form: type[BaseModel]) -> dict[str, Any]:
     else:
         return value
     raise UserError(f"{path}: {problem}; the run is damaged, train it again")
+
+
+def make_manifest(
+    settings: Config,
+    base: Base,
+    chat_format: dict[str, Any],
+    splits: dict[str, Split],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that is needed to know how an adapter came about, as JSON values."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "base": {"name": base.name, "identity": base.identity, "device": base.device.why},
+        "seed": settings.training.seed,
+        "config": settings.model_dump(mode="json"),
+        "chat_format": chat_format,
+        "data": {
+            name: {**dataclasses.asdict(split.report), "sha256": split.table.fingerprint}
+            for name, split in splits.items()
+        },
+        "results": results,
+        "environment": current_environment(),
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

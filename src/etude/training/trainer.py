@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import (
@@ -31,6 +31,7 @@ from etude.models.device import Device
 from etude.runs.folder import CHECKPOINTS, METRICS, read_started, record_file
 from etude.training import checkpoints, guards
 from etude.training.order import StepSampler
+from etude.training.reporter import OnStep, Step
 
 # What is used of transformers beside its public interface, for want of a public way, as seen in
 # 5.23.0: the member, and the reason. A test names the one that an upgrade moves.
@@ -41,16 +42,6 @@ PRIVATE = {
 }
 # transformers' "constant" is the one schedule without a warm-up; ours has one.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-class Step(NamedTuple):
-    """What there is to say of a training when one of its steps has ended."""
-
-    number: int
-    steps: int
-    loss: float
-    tokens_per_second: float
-    seconds_left: float
 
 
 @dataclass
@@ -357,9 +348,7 @@ class Resumption(TrainerCallback):
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, and calls `on_step` with every step that has ended."""
 
-    def __init__(
-        self, folder: Path, tally: Tally, on_step: Callable[[Step], object] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, tally: Tally, on_step: OnStep | None = None) -> None:
         """Record the training in `folder`, which counts in `tally`."""
         self._file = folder / METRICS
         self._tally = tally
@@ -401,7 +390,7 @@ def fit(
     folder: Path,
     cutter: packing.Cutter,
     checkpoint: Path | None = None,
-    on_step: Callable[[Step], object] | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return the results; the best adapter by validation loss is in it at the end.
 

@@ -1,0 +1,230 @@
+"""The run's folder before a training: whether it is free, and what a training that goes on there must have."""
+
+import contextlib
+import datetime
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etude import distributed, files
+from etude.config.loading import check_config, key_paths, load_config, to_yaml, value_at
+from etude.config.schema import Config
+from etude.data.dataset import Table
+from etude.errors import UserError, command, shortage
+from etude.models import loading, lora
+from etude.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PRODUCTS,
+    STARTED,
+    another_folder,
+    begin_run,
+    entries,
+    how_to_continue,
+    is_finished,
+    read_started,
+    refuse_foreign,
+    write_file,
+)
+from etude.runs.manifest import (
+    Started,
+    current_environment,
+    environment_differences,
+    read_form,
+    read_metrics,
+)
+from etude.training import checkpoints
+
+# Left open in a configuration, and written out when they were found.
+FOUND = ("dataset.labels", "model.revision")
+# The sections that decide what is learnt; a resumed training must have the same.
+TRAINED_BY = ("model", "lora", "dataset", "training")
+
+log = logging.getLogger(__name__)
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise UserError if `folder` holds a finished run, or anything that no training of Etude wrote."""
+    there = entries(folder) if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        problem = "exists and is no folder"
+    elif there and is_finished(folder):
+        problem = "holds a finished run, which is never overwritten"
+    elif there and read_started(folder) is None:
+        more = f" and {len(there) - 5:,} more" if len(there) > 5 else ""
+        problem = (
+            f"is not a run: it holds {', '.join(there[:5])}{more}, which no training of Etude wrote "
+            "there, and which stays as it is"
+        )
+    else:
+        return
+    raise UserError(
+        f"output.dir: {folder} {problem}. Choose another folder: {another_folder(folder)}"
+    )
+
+
+def open_folder(settings: Config, resume: bool | None, force: bool = False) -> Path | None:
+    """The newest checkpoint in the run's folder that verifies, to go on from; None to begin there.
+
+    Raises:
+        UserError: the folder holds what this run did not write, other settings than those to go on
+            with, no checkpoint that is whole; or `resume` and nothing to go on with.
+    """
+    folder = files.expanded(settings.output.dir)
+    refuse_taken(folder)
+    if distributed.FIRST and read_started(folder):
+        # The configuration is compared below, and is replaced only where it must be.
+        refuse_foreign(folder, [name for name in PRODUCTS if name != CONFIG])
+    other = another_folder(folder)
+    checkpoint, corrupt = checkpoints.newest(folder / CHECKPOINTS)
+    for notice in corrupt:
+        log.warning(notice)
+    if checkpoint is None:
+        there = "no checkpoint that is whole" if corrupt else "an adapter and no checkpoint"
+        if corrupt or (folder / lora.WEIGHTS).exists():
+            raise UserError(
+                f"output.dir: {folder} holds {there}, so there is nothing to go on from, and training there "
+                f"would replace what is there. Start another run: {other}"
+            )
+        if resume:  # it came to nothing, so there is nothing to lose
+            raise UserError(f"--resume: {folder} holds no checkpoint to go on from; leave it out")
+        return None
+    if resume is False:
+        raise UserError(
+            f"output.dir: {folder} holds a run that did not end. Go on with it: leave --no-resume out; or "
+            f"start another: {other}"
+        )
+    _check_settings(folder, checkpoint, settings, force)
+    return checkpoint
+
+
+def _check_settings(folder: Path, checkpoint: Path, settings: Config, force: bool) -> None:
+    """Compare `settings` with those of the run, as noted at its start: config.yml may have been edited since."""
+    noted = (read_started(folder) or {}).get("config")
+    stored = check_config(noted, {}) if isinstance(noted, dict) else load_config(folder / CONFIG)
+    differing = {
+        key: (value_at(stored, key), value_at(settings, key))
+        for key in key_paths()
+        if key.partition(".")[0] in TRAINED_BY
+        and not (key in FOUND and value_at(settings, key) is None)
+    }
+    processes = checkpoints.read_progress(checkpoint)["processes"]
+    differing["processes"] = (processes, distributed.WORLD)
+    changes = "; ".join(
+        f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
+    )
+    if changes:
+        launcher = ["torchrun", "--nproc_per_node", str(processes), "-m", "etude.train_with_config"]
+        program = launcher if processes > 1 else ["etude", "train"]
+        same = command(*program, folder / CONFIG, "--resume", f"output.dir={folder}")
+        _refuse_unless(
+            force,
+            f"{folder} was started with other settings: {changes}. Go on with its own: {same}; "
+            f"start another run: {another_folder(folder)}; or go on all the same: --force",
+        )
+
+
+def _refuse_unless(force: bool, problem: str) -> None:
+    """Raise `problem` as a UserError, or with `force` only report it."""
+    if not force:
+        raise UserError(f"--resume: {problem}")
+    log.warning("--force: %s", problem)
+
+
+def check_data(manifest: dict[str, Any], tables: Mapping[str, Table]) -> None:
+    """Compare the rows with those that the run of `manifest` was trained on.
+
+    Raises:
+        UserError: they changed.
+    """
+    stored = {split: facts.get("sha256") for split, facts in manifest["data"].items()}
+    now = {split: table.fingerprint for split, table in tables.items()}
+    changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    if changed:
+        sources = ", ".join(sorted({table.source for table in tables.values()}))
+        raise UserError(
+            f"The data changed since the run was trained ({', '.join(changed)}; read from {sources}), so "
+            "it cannot be repeated. Bring the files back as they were, or train a new run"
+        )
+
+
+def with_found(settings: Config, table: Table, base: loading.Base) -> Config:
+    """The configuration with what was found written out: the labels, and the Hub's commit."""
+    kind, _, commit = base.identity.partition(":")
+    revision = {"revision": commit} if kind == "commit" else {}
+    return settings.model_copy(
+        update={
+            "dataset": settings.dataset.model_copy(update={"labels": table.labels}),
+            "model": settings.model.model_copy(update=revision),
+        }
+    )
+
+
+def start_folder(
+    folder: Path,
+    checkpoint: Path | None,
+    settings: Config,
+    tables: Mapping[str, Table],
+    base: loading.Base,
+    force: bool,
+    date: datetime.date | None = None,
+) -> None:
+    """Note what the run starts from; on resume, compare that with what it started from.
+
+    `date` is the one that the template writes: of a resumed run, the one that it was begun with.
+
+    Raises:
+        UserError: the data or the base changed in between.
+    """
+    facts = {
+        "base": base.identity,
+        **{f"{split} data": table.fingerprint for split, table in tables.items()},
+        "labels": tables["train"].labels,
+    }
+    environment = current_environment()
+    lines: list[dict[str, Any]] = []
+    if checkpoint:
+        stored = read_form(folder / STARTED, Started)
+        for difference in environment_differences(stored["environment"], environment):
+            log.warning("since the training began: %s", difference)
+        differing = [key for key in facts if facts[key] != stored.get(key)]
+        if differing:
+            _refuse_unless(
+                force,
+                f"since {folder} was started, these changed: {', '.join(differing)}. Bring them back, "
+                f"start another run: {another_folder(folder)}; or go on all the same: --force",
+            )
+        # What was logged after the checkpoint is about to happen again; a torn last line goes too.
+        step = checkpoints.step_of(checkpoint)
+        lines = [line for line in read_metrics(folder / METRICS) if line["step"] <= step]
+    files.clear(folder)
+    started = {**facts, "date": date and date.isoformat(), "environment": environment}
+    begin_run(folder, started | {"config": settings.model_dump(mode="json")})
+    # One that was edited and says the same stays as it is, its comments too.
+    file = folder / CONFIG
+    if not file.exists() or load_config(file) != settings:
+        write_file(folder, CONFIG, to_yaml(settings))
+    write_file(folder, METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@contextlib.contextmanager
+def saying_how_to_resume(folder: Path) -> Iterator[None]:
+    """Where memory or disk end a training, say how it goes on, if there is a checkpoint to go on from.
+
+    Raises:
+        UserError: what the machine lacks.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lack = shortage(error, folder)
+        if not lack:
+            raise
+        newest, _ = checkpoints.newest(folder / CHECKPOINTS)
+        then = f"; then {how_to_continue(folder)}" if newest else ""
+        raise UserError(f"{lack}{then}") from error
