@@ -164,7 +164,7 @@ True 0.333...
 
 ```bash
 # a comment
-etude version
+etude --version
 python -m etude \\
     version
 make nothing
@@ -203,7 +203,7 @@ def test_good_examples_pass(project):
         "```python\n>>> 1 + 1\n3\n```",
         "```bash\nls\n```",
         "```bash\netude tune\n```",
-        "<!-- not run: -->\n```bash\netude version\n```",
+        "<!-- not run: -->\n```bash\netude --version\n```",
         "<!-- not run: slow -->\n```bash\netude train --fast\n```",
         "<!-- not run: slow -->\n```python\nx =\n```",
     ],
