@@ -262,9 +262,9 @@ def run_etude(
     """Etude's own preparation and Trainer subclass, as `etude train` uses them; compiled."""
     from transformers import TrainingArguments
 
-    from etude import train_with_config
     from etude.config.loading import load_config
     from etude.conversation.renderer import Example
+    from etude.engine.setup import configure_engine
     from etude.models import device
     from etude.training import trainer
 
@@ -285,7 +285,7 @@ def run_etude(
         ],
     )
     clock = Clock(len(steps))
-    cutter, _ = train_with_config.prepare(model, settings, place, examples, len(steps))
+    cutter = configure_engine(model, settings, place, examples, len(steps)).cutter
     loop = in_order(trainer.StepTrainer)(
         cutter=cutter,
         model=model,

@@ -14,7 +14,7 @@ from etude import console, distributed, files, screen
 from etude.config.loading import load_config, preset_names
 from etude.config.schema import Config
 from etude.data import dataset
-from etude.engine import packing
+from etude.engine.setup import configure_engine
 from etude.errors import UserError, command
 from etude.files import expanded
 from etude.models import device, loading, lora
@@ -36,9 +36,6 @@ Presets = Annotated[
     list[str] | None,
     typer.Option(help=f"{', '.join(preset_names())}, or a .yml file"),
 ]
-
-# About so many tokens of the training rows show the int8 base how large its inputs get.
-CALIBRATION = 2048
 
 log = logging.getLogger(__name__)
 
@@ -210,9 +207,11 @@ def fit(
     from etude.training import trainer
 
     examples, training = plan.examples, settings.training
-    cutter, engine = prepare(model, settings, plan.device, examples["train"], plan.steps)
-    cutter = rehearsal.rehearse(model, cutter, examples, settings)
-    reporter.say("engine", engine)
+    engine = configure_engine(model, settings, plan.device, examples["train"], plan.steps)
+    for notice in engine.notices:
+        reporter.notice(notice)
+    cutter = rehearsal.rehearse(model, engine.cutter, examples, settings)
+    reporter.say("engine", str(engine))
     if checkpoint:
         reporter.say("resume", f"from {checkpoint}")
     reporter.say("training", f"{plan.steps} steps of {training.rows_per_step} examples")
@@ -220,7 +219,7 @@ def fit(
         results = trainer.fit(
             model, settings, plan.device, examples, folder, cutter, checkpoint, on_step
         )
-    results["engine"] = engine
+    results["engine"] = str(engine)
     results["memory"] = {
         "plan": plan.memory and dataclasses.asdict(plan.memory),
         "planned": plan.memory and plan.memory.peak,
@@ -249,47 +248,6 @@ def finish(folder: Path, settings: Config, facts: dict[str, Any], parameters: st
         plots.loss_plot(folder / run.METRICS, work / run.PICTURE)
         run.move_in(folder, work / run.PICTURE)
     run.write_file(folder, run.MANIFEST, json.dumps(facts, indent=1, allow_nan=False))
-
-
-def prepare(
-    model: Any, settings: Config, place: device.Device, examples: list[Any], steps: int
-) -> tuple[packing.Cutter, str]:
-    """Make `model` fast, in place: its passes, its base in int8, its layers compiled; and say what was done.
-
-    Raises:
-        UserError: int8 where it would not be faster.
-    """
-    import torch
-
-    from etude.engine import compiling, int8
-
-    training = settings.training
-    cutter = packing.Cutter.of(model, training.batch_size, settings.dataset.max_length, examples)
-    if cutter.why_padded:
-        log.warning(f"plain padded batches instead of packed ones: {cutter.why_padded}")
-    done = ["padded passes" if cutter.why_padded else f"packed passes of {cutter.budget} tokens"]
-    step = examples[: training.rows_per_step]
-    tokens = steps * sum(batch.input_ids.numel() for batch in cutter(step))
-    worth_it = place.name == "cpu" and compiling.operations(model, tokens) >= compiling.WORTH_IT
-    if settings.model.quantization == "int8":
-        reason = int8.why_not(model, cutter.budget, place.torch_dtype)
-        if reason:
-            raise UserError(f"model.quantization: int8: {reason}. Set it to null")
-        rows = max(4, CALIBRATION // max(map(len, examples[:CALIBRATION])))
-        int8.quantize(model, cutter(examples[:rows]), place.torch_dtype)
-        cutter = dataclasses.replace(cutter, dtype=place.torch_dtype)
-        done.append("int8 base")
-    if training.compile is True or (training.compile == "auto" and worth_it):
-        log.info("compiling the decoder layers, about half a minute on two cores")
-        # In the format in which the steps will run, or they would compile everything again.
-        half = torch.float16 if training.fp16 else torch.bfloat16
-        with torch.autocast(place.name, half, enabled=training.fp16 or training.bf16):
-            reason = compiling.compile_layers(model, next(cutter(step)))
-        if reason:
-            log.warning(f"not compiled, so slower: {reason}")
-        else:
-            done.append("compiled layers")
-    return cutter, ", ".join(done)
 
 
 def show_end(settings: Config, results: dict[str, Any]) -> None:

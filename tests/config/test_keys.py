@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etude import train_with_config
 from etude.config.loading import key_paths, load_config
 from etude.data import dataset
 from etude.engine import generation
+from etude.engine.setup import configure_engine
 from etude.errors import UserError
 from etude.measure import labels as class_labels
 from etude.measure import responses
@@ -126,7 +126,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         cpu = device.choose("float32", True)
         model = lora.attach(AutoModelForCausalLM.from_pretrained(tiny_model), config.lora, "tiny")
         train = tables(config)["train"]
-        _, done = train_with_config.prepare(model, config, cpu, train, steps(config))
+        done = str(configure_engine(model, config, cpu, train, steps(config)))
         kinds = Counter(type(module).__name__ for module in model.modules())
         return done, kinds
 

@@ -6,14 +6,12 @@ import shutil
 import pytest
 import torch
 from test_trainer import fit
+from tiny_llama import llama, texts
 from torch import nn
 
-from etude import train_with_config
 from etude.config.loading import load_config
-from etude.config.schema import Lora
-from etude.conversation.renderer import Example
 from etude.engine import compiling, int8, packing
-from etude.models import device, lora
+from etude.models import device
 
 # PyTorch's own, while it imports its compiler and while it compiles.
 pytestmark = pytest.mark.filterwarnings(
@@ -32,30 +30,6 @@ def fresh(monkeypatch, tmp_path):
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def llama(layers=2, name="tiny", dropout=0.0):
-    """A tiny random Llama with an adapter that already changes something, as in training."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    model = lora.attach(LlamaForCausalLM(config), Lora(r=4, alpha=8, dropout=dropout), str(name))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.3)
-    return model.train()
-
-
-def texts(*lengths):
-    torch.manual_seed(1)
-    return [
-        Example([1, 2, *torch.randint(3, 97, (n,)).tolist()], [False] * 2 + [True] * n)
-        for n in lengths
-    ]
 
 
 def passes(*lengths):
@@ -216,49 +190,3 @@ def test_operations_are_counted_as_by_hand():
     head = 32 * 97
     # The embedding is looked up, not multiplied.
     assert compiling.operations(model, 1000) == 4 * 1000 * (2 * layer + 32 + head)
-
-
-def prepared(monkeypatch, capsys, *overrides, reason=None):
-    """What `prepare` says of 100 steps on two rows; compiling itself is replaced."""
-    calls = []
-
-    def compile_layers(model, batch):
-        calls.append(batch.input_ids.numel())
-        return reason
-
-    monkeypatch.setattr(compiling, "compile_layers", compile_layers)
-    settings = load_config(
-        None,
-        overrides=[
-            "training.batch_size=2", "training.gradient_accumulation_steps=1",
-            "dataset.max_length=64", *overrides,
-        ],
-    )  # fmt: skip
-    place = device.choose("float32", True)
-    _, engine = train_with_config.prepare(llama(), settings, place, texts(10, 20, 30), 100)
-    output = capsys.readouterr()
-    return engine, calls, output.out + output.err
-
-
-def test_layers_are_compiled_where_a_training_is_long_enough(monkeypatch, capsys):
-    # 100 steps on the two first rows: 2 tokens that both begin with, 10 and 20 of their own.
-    work = compiling.operations(llama(), 100 * 32)
-    packed = "packed passes of 128 tokens"
-    for worth_it, how, expected in (
-        (work, "auto", [32]),
-        (work + 1, "auto", []),
-        (work + 1, "true", [32]),
-        (work, "false", []),
-    ):
-        monkeypatch.setattr(compiling, "WORTH_IT", worth_it)
-        engine, calls, _ = prepared(monkeypatch, capsys, f"training.compile={how}")
-        assert calls == expected
-        assert engine == packed + (", compiled layers" if expected else "")
-
-
-def test_layers_that_do_not_compile_are_told_and_trained_all_the_same(monkeypatch, capsys):
-    engine, calls, said = prepared(
-        monkeypatch, capsys, "training.compile=true", reason="no compiler"
-    )
-    assert calls and engine == "packed passes of 128 tokens"
-    assert "not compiled, so slower: no compiler" in said

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
-from etude import train_with_config
 from etude.cli import app
 from etude.config.loading import load_config
 from etude.config.schema import Lora
 from etude.conversation.renderer import Example
 from etude.engine import int8, packing
 from etude.engine.int8 import Int8Linear, quantize_asymmetric, quantize_symmetric
+from etude.engine.setup import configure_engine
 from etude.errors import UserError
 from etude.models import device, loading, lora
 from etude.runs import opening
@@ -304,10 +304,10 @@ def test_a_bfloat16_base_trains_in_float32_once_it_is_int8(monkeypatch):
     settings = load_config(None, overrides=["model.quantization=int8"])
     place = device.choose("float32", True)
     model = llama().bfloat16()
-    cutter, engine = train_with_config.prepare(model, settings, place, EXAMPLES, 1)
-    assert engine == "packed passes of 512 tokens, int8 base"
-    assert cutter.dtype == torch.float32
-    for batch in cutter(EXAMPLES):
+    engine = configure_engine(model, settings, place, EXAMPLES, 1)
+    assert str(engine) == "packed passes of 512 tokens, int8 base" and not engine.notices
+    assert engine.cutter.dtype == torch.float32
+    for batch in engine.cutter(EXAMPLES):
         assert batch.attention_mask.dtype == torch.float32
         assert packing.token_losses(model, batch).isfinite().all()
 

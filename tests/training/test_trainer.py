@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
-from etude import distributed, train_with_config
+from etude import distributed
 from etude.config.loading import load_config
 from etude.config.schema import Config
 from etude.data import dataset
 from etude.engine import packing
+from etude.engine.setup import configure_engine
 from etude.errors import UserError
 from etude.files import sha256
 from etude.models import device, loading, lora
@@ -62,10 +63,10 @@ def settings_for(tiny_model, folder, *overrides):
 def fit(model, settings, place, examples, folder, checkpoint=None):
     """Train `model` as the program does, up to its results."""
     steps = order.step_count(settings, len(examples["train"]))
-    cutter, engine = train_with_config.prepare(model, settings, place, examples["train"], steps)
-    cutter = rehearsal.rehearse(model, cutter, examples, settings)
+    engine = configure_engine(model, settings, place, examples["train"], steps)
+    cutter = rehearsal.rehearse(model, engine.cutter, examples, settings)
     results = trainer.fit(model, settings, place, examples, folder, cutter, checkpoint)
-    return {**results, "engine": engine}
+    return {**results, "engine": str(engine)}
 
 
 def fitted(settings, folder, checkpoint=None, prepare=None):

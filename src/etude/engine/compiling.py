@@ -7,6 +7,7 @@ import torch
 
 from etude.engine.packing import Pass, token_losses
 from etude.errors import first_line
+from etude.models.device import Device
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,11 @@ def operations(model: Any, tokens: int) -> float:
     embedding: int = model.get_input_embeddings().weight.numel()
     parameters: int = sum(parameter.numel() for parameter in model.parameters())
     return 4.0 * tokens * (parameters - embedding)
+
+
+def worth_it(model: Any, tokens: int, place: Device) -> bool:
+    """Whether training on `tokens` tokens saves more by compiling than compiling takes; CPU alone."""
+    return place.name == "cpu" and operations(model, tokens) >= WORTH_IT
 
 
 def decoder_layers(model: Any) -> list[Any]:

@@ -149,15 +149,23 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
     for hook in hooks:
         hook.remove()
     for name in largest:  # a layer that no pass reached stays as it is
-        linear = linears.pop(name)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, Int8Linear(linear, largest[name]))
-        del linear
+        _replace(model, name, linears.pop(name), largest[name])
     # Copied: what was loaded is a view of the mapped file, all of which stays in memory with it.
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype, copy=True)
     free_memory()
+
+
+def _replace(model: nn.Module, name: str, linear: nn.Linear, largest: torch.Tensor) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, Int8Linear(linear, largest))
+
+
+def quantize_shape(model: nn.Module) -> None:
+    """As `quantize`, of a model on the meta device: its inputs have no sizes to look at."""
+    for name, linear in frozen_linears(model).items():
+        _replace(model, name, linear, torch.empty(linear.in_features, device="meta"))
 
 
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:

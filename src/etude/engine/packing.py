@@ -290,6 +290,8 @@ def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> 
     sliding = "sliding" in str(getattr(settings, "layer_types", "sliding"))
     if window and sliding and max_length > window:
         return f"its layers look back {window} tokens, and dataset.max_length is {max_length}"
+    if model.device.type == "meta":  # a shape, which computes nothing
+        return "its layers carry state along the row" if model._is_stateful else None
     first = examples[0].ids
     beginning = first[-2 * PROVEN : -PROVEN] or first[:1]
     ends = [one.ids[-PROVEN:] for one in examples[:4]]
@@ -390,8 +392,7 @@ def largest(passes: Iterable[Pass]) -> tuple[Pass, int]:
 def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[Example]]:
     """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
     training = settings.training
-    rows = training.batch_size * training.gradient_accumulation_steps
-    every = steps(training.seed, 0, len(examples), rows)[: training.max_steps]
+    every = steps(training.seed, 0, len(examples), training.rows_per_step)[: training.max_steps]
     chosen, rest = every[:LOOKED_AT], every[LOOKED_AT:]
     rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
     for step in chosen + rest[:8]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etude import distributed
+from etude.config.schema import Training
 from etude.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +88,14 @@ def choose(
     else:
         chosen, reason = automatic, f"auto: it {why}"
     return Device(name, chosen, f"{name} ({where}), {chosen} ({reason})")
+
+
+def mixed_precision(training: Training, device: str) -> "torch.autocast":
+    """The mixed precision of training.fp16 or training.bf16 on `device`; without effect for neither."""
+    import torch
+
+    half = torch.float16 if training.fp16 else torch.bfloat16
+    return torch.autocast(device, half, enabled=training.fp16 or training.bf16)
 
 
 def available(device: str) -> int:

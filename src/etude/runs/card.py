@@ -33,7 +33,7 @@ A LoRA adapter for {code(name)} ({manifest["base"]["identity"]}), trained with E
 | --- | --- |
 | data | {cell(code(config.dataset.train))}, {train["kept"]:,} rows, format {train["format"]} |
 | rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {cell(", ".join(config.lora.target_modules))} |
-| steps | {results["steps"]:,} of {config.training.batch_size * config.training.gradient_accumulation_steps} examples |
+| steps | {results["steps"]:,} of {config.training.rows_per_step} examples |
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats per token |
 

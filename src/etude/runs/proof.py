@@ -18,7 +18,7 @@ from etude.conversation.renderer import Example
 from etude.data import dataset
 from etude.engine import packing
 from etude.errors import Stopped, UserError, shortage
-from etude.models import loading, lora
+from etude.models import device, loading, lora
 from etude.runs import opening
 from etude.runs.folder import PROOF, how_to_continue, write_file
 from etude.runs.manifest import Proof, read_form
@@ -67,24 +67,12 @@ def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> floa
     Raises:
         UserError: it is not finite; with the rows.
     """
-    import torch
-
-    training = settings.training
-    half = torch.float16 if training.fp16 else torch.bfloat16
+    rows, max_length = settings.training.batch_size, settings.dataset.max_length
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.no_grad(),
-        torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16),
-    ):
-        cutter = packing.Cutter.of(
-            model, training.batch_size, settings.dataset.max_length, examples
-        )
-        for batch in cutter(examples):
-            total += float(packing.token_losses(model, batch).sum())
-            count += len(batch.target)
+    with device.mixed_precision(settings.training, model.device.type):
+        cutter = packing.Cutter.of(model, rows, max_length, examples)
+        total, count = packing.total_loss(model, cutter(examples))
         found = [] if math.isfinite(total) else packing.culprits(model, cutter, examples)
     model.train(was_training)
     if not math.isfinite(total):

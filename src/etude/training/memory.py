@@ -24,6 +24,7 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.data import dataset
 from etude.engine import packing
+from etude.engine.setup import configure_engine
 from etude.errors import UserError, first_line
 from etude.models import device, lora
 from etude.models.device import Device
@@ -124,22 +125,6 @@ def _gb(size: float) -> str:
 # --- the estimate --------------------------------------------------------------------------------
 
 
-def _cutter(model: Any, settings: Config, place: Device) -> packing.Cutter:
-    """The cutter that the loaded model will get, as far as its shape tells."""
-    training, length = settings.training, settings.dataset.max_length
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding" in str(getattr(config, "layer_types", "sliding"))
-    padded = _stateful(model) or (window and sliding and length > window)
-    return packing.Cutter(
-        rows=training.batch_size,
-        budget=packing.pass_budget(place.name, training.batch_size, length),
-        why_padded="its layers see along the row" if padded else None,
-        device="cpu",
-        dtype=place.torch_dtype,
-    )
-
-
 def _stateful(model: Any) -> bool:
     return bool(getattr(model.get_base_model(), "_is_stateful", False))
 
@@ -180,12 +165,18 @@ def _estimate(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from etude.engine import compiling, int8
+    from etude.engine import int8
 
     training, quantization = settings.training, settings.model.quantization
-    rows = training.batch_size * training.gradient_accumulation_steps
     model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
-    cutter = _cutter(model, settings, place)
+    # Of the float model, before it is quantised: what is loaded first.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
+    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
+    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
+    engine = configure_engine(model, settings, place, examples["train"], steps)
+    cutter = engine.cutter
     looked_at = list(packing.first_steps(settings, examples["train"]))
     batch, tokens = packing.largest(batch for step in looked_at for batch in cutter(step))
     several = any(sum(1 for _ in cutter(step)) > 1 for step in looked_at[:8])
@@ -196,37 +187,24 @@ def _estimate(
         longest = packing.longest(held_out)
         checked, checked_tokens = packing.largest(cutter(longest))
         checked_tokens = checked_tokens * sum(map(len, held_out)) // sum(map(len, longest))
-    rounds = math.ceil(steps / (training.eval_steps or math.ceil(len(examples["train"]) / rows)))
-    pays = place.name == "cpu" and compiling.operations(model, tokens) >= compiling.WORTH_IT
-    compile = training.compile is True or (training.compile == "auto" and pays)
-
-    # Of the float model, before it is quantised: what is loaded first.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
-    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
-    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
+    epoch = math.ceil(len(examples["train"]) / training.rows_per_step)
+    rounds = math.ceil(steps / (training.eval_steps or epoch))
+    if engine.int8:
+        base = counting.size(p for p in model.parameters() if not p.requires_grad)
+        base += counting.size(
+            buffer
+            for module in model.modules()
+            if isinstance(module, int8.Int8Linear)
+            for buffer in module.buffers(recurse=False)
+        )
+    elif quantization == "nf4":
+        base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
+        opened = base
     stateful = _stateful(model)
-    half = torch.float16 if training.fp16 else torch.bfloat16
-    mixed = torch.autocast("cpu", half, enabled=training.fp16 or training.bf16)
+    mixed = device.mixed_precision(training, "cpu")
     with FakeTensorMode() as mode:
         # Steps of several passes: the gradients of those before are there when the next begins.
         counting.numberless(model, gradients=several)
-        if quantization == "int8":
-            for name, linear in int8.frozen_linears(model).items():
-                parent, _, last = name.rpartition(".")
-                width = torch.empty(linear.in_features)
-                setattr(model.get_submodule(parent), last, int8.Int8Linear(linear, width))
-            base = counting.size(p for p in model.parameters() if not p.requires_grad)
-            base += counting.size(
-                buffer
-                for module in model.modules()
-                if isinstance(module, int8.Int8Linear)
-                for buffer in module.buffers(recurse=False)
-            )
-        elif quantization == "nf4":
-            base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
-            opened = base
         learnt, seen = (counting.fake_pass(mode, part, stateful) for part in (batch, checked))
         model.train()
         if training.gradient_checkpointing:
@@ -247,7 +225,7 @@ def _estimate(
     extra = again if quantization == "nf4" else 0
     host = place.name != "cuda"
     held = HELD if host else UNMEASURED
-    factor = held * (COMPILED if compile and host else 1)
+    factor = held * (COMPILED if engine.compiled and host else 1)
     adapter = counting.size(trained)
     stored = count * outline.stored.itemsize
     # The file's pages, unless they become the weights themselves.
@@ -255,12 +233,12 @@ def _estimate(
     reading = stored if host and converts else 0
     if outline.unconverted:
         loading = int(CONVERTING * 4 * count) - base
-    elif quantization == "int8":  # both stand there while layer by layer is quantised
+    elif engine.int8:  # both stand there while layer by layer is quantised
         loading = stored + int(held * judged.peak)
     else:
         loading = reading
     bare = int(device.used_memory("cpu") + LATER) if host else 0
-    libraries = bare + (int(COMPILER) if host and compile else 0)
+    libraries = bare + (int(COMPILER) if host and engine.compiled else 0)
     validation = int(held * judged.peak) + extra
     return Plan(
         libraries=libraries,
@@ -279,9 +257,9 @@ def _estimate(
             + judged.operations / checked.input_ids.numel() * checked_tokens * rounds,
             max(linears, key=lambda w: w.numel(), default=None),
             place,
-            "int8" if quantization == "int8" else "compiled" if compile else "plain",
+            "int8" if engine.int8 else "compiled" if engine.compiled else "plain",
         )
-        + (COMPILING if compile else 0),
+        + (COMPILING if engine.compiled else 0),
     )
 
 
@@ -413,7 +391,7 @@ def _alternatives(
             examples,
         )
     if rows > 1:
-        accumulated = rows * training.gradient_accumulation_steps  # a step stays what it is
+        accumulated = training.rows_per_step  # a step stays what it is
         yield (
             f"training.batch_size=1 training.gradient_accumulation_steps={accumulated}",
             changed("training", batch_size=1, gradient_accumulation_steps=accumulated),

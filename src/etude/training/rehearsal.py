@@ -5,6 +5,7 @@ from typing import Any
 from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.engine import packing
+from etude.models import device
 
 
 def rehearse(
@@ -36,13 +37,11 @@ def _rehearse(
 ) -> None:
     import torch
 
-    training = settings.training
     steps = list(packing.first_steps(settings, examples["train"]))
     if not any(steps):  # fewer examples than processes
         return
     batch, _ = packing.largest(b for step in steps for b in cutter(step))
-    half = torch.float16 if training.fp16 else torch.bfloat16
-    mixed = torch.autocast(model.device.type, half, enabled=training.fp16 or training.bf16)
+    mixed = device.mixed_precision(settings.training, model.device.type)
     was_training = model.training
     try:
         model.train()
@@ -53,8 +52,8 @@ def _rehearse(
         if examples.get("validation"):
             model.eval()
             held_out, _ = packing.largest(cutter(packing.longest(examples["validation"])))
-            with torch.compiler.set_stance("force_eager"), torch.no_grad(), mixed:
-                packing.token_losses(model, held_out)
+            with mixed:
+                packing.total_loss(model, iter([held_out]))
     finally:
         model.zero_grad()
         model.train(was_training)
