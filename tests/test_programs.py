@@ -54,6 +54,11 @@ def run(tiny_model, files, tmp_path_factory):
     return folder, result.output
 
 
+def leave_out_proof(monkeypatch):
+    """Train without the proof in a new process, which has its own tests and takes seconds."""
+    monkeypatch.setattr("etude.runs.proof.in_a_new_process", lambda folder: "left out")
+
+
 def test_a_run_says_what_it_did(run):
     _, output = run
     # Llama with 2 layers, hidden 32: q 32x32, v 32x16; r=64 gives 2 * 64 * (64 + 48).
@@ -95,7 +100,8 @@ def test_a_run_folder_holds_all_and_plain_peft_loads_it(run, tiny_model):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_saved_configuration_trains_the_same_adapter_again(run, tmp_path):
+def test_the_saved_configuration_trains_the_same_adapter_again(run, tmp_path, monkeypatch):
+    leave_out_proof(monkeypatch)
     folder, _ = run
     again = tmp_path / "again"
     result = etude("train", folder / "config.yml", f"output.dir={again}")
@@ -148,6 +154,7 @@ def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
     assert "stopped at step 3 of 5" in result.output
     assert "--resume" in result.output
     monkeypatch.undo()
+    leave_out_proof(monkeypatch)
 
     refused = etude(*train_arguments(tiny_model, files, folder, "--no-resume"))
     assert refused.exit_code == 2
@@ -197,6 +204,7 @@ def test_a_second_signal_stops_immediately_and_force_goes_on(
     last, corrupt = checkpoints.newest(folder / CHECKPOINTS)
     assert (checkpoints.step_of(last), corrupt) == (3, [])
     monkeypatch.undo()
+    leave_out_proof(monkeypatch)
 
     changed = ("training.save_steps=1", "training.learning_rate=0.001")
     result = etude(*train_arguments(tiny_model, files, folder, *changed))

@@ -166,7 +166,7 @@ True 0.333...
 # a comment
 etude --version
 python -m etude \\
-    version
+    --version
 make nothing
 ```
 
