@@ -37,16 +37,16 @@ def why_not_launched(environment: Mapping[str, str]) -> str | None:
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not environment.get(name)]
     try:
-        place = {name: int(value) for name, value in given.items()}
+        numbers = {name: int(value) for name, value in given.items()}
         int(environment.get("MASTER_PORT", ""))
-        world = place.pop("WORLD_SIZE", 0)
-        if not missing and all(0 <= number < world for number in place.values()):
+        world = numbers.pop("WORLD_SIZE", 0)
+        if not missing and all(0 <= number < world for number in numbers.values()):
             return None
     except ValueError:
         pass
-    shown = [*given, *["MASTER_PORT"] * bool(environment.get("MASTER_PORT"))]
+    named = [*given, *["MASTER_PORT"] * bool(environment.get("MASTER_PORT"))]
     return (
-        f"{', '.join(f'{name}={environment[name][:40]!r}' for name in shown)} in the environment"
+        f"{', '.join(f'{name}={environment[name][:40]!r}' for name in named)} in the environment"
         f"{' without ' * bool(missing)}{', '.join(missing)}: of N processes each has WORLD_SIZE=N, a RANK and a "
         "LOCAL_RANK from 0 to N-1, MASTER_ADDR and MASTER_PORT. They may be left over from a launcher. For one "
         f"process: unset {' '.join(given)}. For several: torchrun --nproc_per_node N -m "

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,8 +35,6 @@ Presets = Annotated[
     list[str] | None,
     typer.Option(help=f"{', '.join(preset_names())}, or a .yml file"),
 ]
-
-log = logging.getLogger(__name__)
 
 
 @console.command

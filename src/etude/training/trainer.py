@@ -487,8 +487,8 @@ def arguments(
             dataloader_pin_memory=device.name == "cuda",
             disable_tqdm=True,
         )
-        place = made.device.type
+        kind = made.device.type
     # Several GPUs are one process each: torchrun. Reading the device first is what sets the count.
-    if place == "cuda":
+    if kind == "cuda":
         made._n_gpu = 1
     return made
