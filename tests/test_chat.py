@@ -132,7 +132,7 @@ def test_commands_on_the_state(talk, says, tmp_path, capsys):
         ("/undoo", "did you mean /undo?"),
         ("/xyzzyx", "/help lists them"),
         ("/", "no such command"),
-        ("/undo twice", "stands alone"),
+        ("/undo twice", "takes nothing after it"),
         ("/save", "usage: /save FILE"),
         ("/set", "usage: /set KEY VALUE"),
         ("/undo", "Nothing was asked"),

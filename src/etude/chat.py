@@ -304,7 +304,7 @@ def handle(talk: Talk, line: str) -> bool:
     name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
     conversation = talk.conversation
     if rest and name in ("help", "reset", "undo", "retry", "show", "exit", "quit"):
-        raise UserError(f"/{name} stands alone; // begins a message with a slash")
+        raise UserError(f"/{name} takes nothing after it; // begins a message with a slash")
     if not rest and name in ("set", "save", "load"):
         raise UserError(f"usage: /{name} {COMMANDS[name]}")
     match name:
@@ -358,7 +358,7 @@ def system_prompt(talk: Talk) -> str:
 
 
 def overview(talk: Talk) -> str:
-    """What /show tells."""
+    """What /show prints."""
     target, messages = talk.model.target, talk.conversation.messages
     tokens = len(target.renderer.prompt(talk.conversation.sent())) if messages else 0
     place = target.base.device

@@ -727,7 +727,7 @@ BROKEN = {
         "a.csv:3: not as many fields as the header has (prompt, completion)",
     ),
     "open-csv": ("a.csv", 'prompt,completion\np,c\np,"c\n', "a.csv:3: not valid CSV: unexpected end of data"),
-    "double-csv": ("a.csv", "prompt,prompt\np,c\n", "a.csv:1: the column 'prompt' stands twice"),
+    "double-csv": ("a.csv", "prompt,prompt\np,c\n", "a.csv:1: the header has a duplicate column 'prompt'"),
     "empty-csv": ("a.csv", "prompt,completion\n", "a.csv: no rows in it"),
     "json-object": ("a.json", '{"prompt": "p"}', "a.json:1: a .json file is one list of objects"),
     "json-bad": (

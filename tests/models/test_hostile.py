@@ -471,11 +471,11 @@ def rows(*texts):
         (".json", "[" * 10**6, ":1: nested too deeply"),
         (".jsonl", '{"text": ' + "9" * 10**5 + "}", ":1: Exceeds the limit"),
         (".jsonl", '{"text": 1e999999}', ":1: text must be text"),
-        (".jsonl", '{"text": "a", "text": "b"}', ":1: the key 'text' stands twice"),
+        (".jsonl", '{"text": "a", "text": "b"}', ":1: duplicate key 'text'"),
         (
             ".json",
             '[{"text": "a"},\n{"text": "a", "text": "b"}]',
-            ":2: the key 'text' stands twice",
+            ":2: duplicate key 'text'",
         ),
         (".jsonl", '{"text": "\\ud800"}', ":1: text holds half a character"),
         (".csv", 'text\n"' + "x" * 10**8 + '"\n', ":2: text has 100,000,000 characters"),

@@ -112,12 +112,12 @@ def load(path: Path) -> Conversation:
             '"messages" is expected'
         )
     if HALF.search(value.get("system") or ""):
-        raise UserError(f"{path}: system: it holds half a character; write it anew")
+        raise UserError(f"{path}: system: it holds half a character; rewrite it")
     for number, message in enumerate(messages, 1):
         role = "user" if number % 2 else "assistant"
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or message != {"role": role, "content": content}:
             raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
         if HALF.search(content):
-            raise UserError(f"{path}: message {number}: it holds half a character; write it anew")
+            raise UserError(f"{path}: message {number}: it holds half a character; rewrite it")
     return Conversation(value.get("system"), messages)

@@ -154,7 +154,7 @@ class Renderer:
         self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id} - {None})
 
     def _prove(self) -> None:
-        """Render a small conversation, hold it against the tokenizer's own way, note its end token."""
+        """Render a small conversation, compare it with the tokenizer's own way, note its end token."""
         probe: list[Message] = [
             {"role": "user", "content": "One, two?"},
             {"role": "assistant", "content": "Three."},
@@ -564,7 +564,7 @@ def _own_template(tokenizer: Any) -> str | None:
 
 
 def _endings(content: str, text: str, position: int) -> Iterator[str]:
-    """The proper endings of `content` that stand in `text` at `position`, the longest first."""
+    """The proper endings of `content` that are in `text` at `position`, the longest first."""
     for start in range(1, len(content) + 1):
         # The first characters first: most endings go without being copied.
         if text.startswith(content[start : start + 16], position):

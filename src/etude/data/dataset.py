@@ -138,33 +138,15 @@ def read(source: str, settings: Dataset) -> Table:
     unused: Counter[str] = Counter()
     spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     raw.reverse()
-    while raw:  # each is let go of when it was converted
+    while raw:  # each is freed when it was converted
         line, values = raw.pop()
         try:
-            for column, why in found.refused.items():
-                if filled(values.get(column)):
-                    raise ValueError(formats.refusal(column, why))
-            fields = {name: values.get(column) for name, column in found.own.items()}
-            missing = [
-                settings.columns.get(name, name)
-                for name in FORMATS[form]
-                if fields[name] is None or fields[name] != fields[name]
-            ]
-            if missing:
-                raise ValueError(
-                    f"no {' and no '.join(map(repr, missing))}; it has: "
-                    f"{', '.join(map(str, values)) or 'nothing'}"
-                )
-            flags = {name: values.get(column) for column, name in found.flags.items()}
-            keep = not flags or formats.trained(flags, formats.ROW_FLAGS)
-            row = formats.CONVERT[form](line, fields)
-            if row.label is not None:
-                _check_label(row.label, settings.labels)
-                if row.label != str(fields["label"]):
-                    spelled[str(fields["label"]), row.label].append(line)
+            row, keep = _row(line, values, found, settings)
         except ValueError as error:
             faults.append((line, str(error)))
             continue
+        if row.label is not None and row.label != str(values[found.own["label"]]):
+            spelled[str(values[found.own["label"]]), row.label].append(line)
         if not keep or (row.messages and row.answer < 0):
             dropped["weight 0 or train false: no answer to train on"].append(line)
             continue
@@ -192,6 +174,32 @@ def read(source: str, settings: Dataset) -> Table:
     if form == "classification":
         labels, notices = _labels(source, rows, spelled, settings)
     return Table(source, form, rows, fingerprint, labels, dict(unused), dict(dropped), notices)
+
+
+def _row(
+    line: int, values: dict[str, Any], found: formats.Columns, settings: Dataset
+) -> tuple[Row, bool]:
+    """One row in the common form, and whether it is trained on; ValueError says what is wrong with it."""
+    for column, why in found.refused.items():
+        if filled(values.get(column)):
+            raise ValueError(formats.refusal(column, why))
+    fields = {name: values.get(column) for name, column in found.own.items()}
+    missing = [
+        settings.columns.get(name, name)
+        for name in FORMATS[found.format]
+        if fields[name] is None or fields[name] != fields[name]
+    ]
+    if missing:
+        raise ValueError(
+            f"no {' and no '.join(map(repr, missing))}; it has: "
+            f"{', '.join(map(str, values)) or 'nothing'}"
+        )
+    flags = {name: values.get(column) for column, name in found.flags.items()}
+    keep = not flags or formats.trained(flags, formats.ROW_FLAGS)
+    row = formats.CONVERT[found.format](line, fields)
+    if row.label is not None:
+        _check_label(row.label, settings.labels)
+    return row, keep
 
 
 def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Message]:
@@ -316,11 +324,25 @@ def encode(
             different.add((row.key, row.label))
     numbers = Counter(label for _, label in different)
     report.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
+    _check_examples(examples, report, table, renderer, settings, window)
+    return Split(table, examples, report)
+
+
+def _check_examples(
+    examples: Sequence[Example],
+    report: Report,
+    table: Table,
+    renderer: Renderer,
+    settings: Dataset,
+    window: int | None,
+) -> None:
+    """Raise UserError where no row is left, or where rows are longer than the model's window."""
+    labels = table.labels or []
     if not examples:
         raise UserError(
-            f"{table.source}: none of {report.rows} rows is left for {split}:\n  "
+            f"{table.source}: none of {report.rows} rows is left for {report.split}:\n  "
             + "\n  ".join(report.notices())
-            + room_of_labels(renderer, table.labels or [], settings, settings.max_length)
+            + room_of_labels(renderer, labels, settings, settings.max_length)
         )
     beyond = {one.origin: len(one) for one in examples if window and len(one) > window}
     if beyond and window:
@@ -328,9 +350,8 @@ def encode(
             f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer rows), "
             "or take a model with a longer window."
         )
-        advice += room_of_labels(renderer, table.labels or [], settings, window)
+        advice += room_of_labels(renderer, labels, settings, window)
         raise beyond_window(list(beyond.items()), window, advice)
-    return Split(table, examples, report)
 
 
 def _fitted(

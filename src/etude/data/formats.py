@@ -5,7 +5,7 @@ import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -278,14 +278,7 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
                 f"rename all but one, or name yours: dataset.columns: {{{field}: ...}}"
             )
     own = {field: found[field][0] for field in known if field in found}
-    flags = {column: name for name in ROW_FLAGS for column in alike[name]}
-    flags = {column: name for column, name in flags.items() if column not in own.values()}
-    for name in ROW_FLAGS:
-        if len(alike[name]) > 1 and alike[name][0] in flags:
-            raise UserError(
-                f"{source}: the columns {', '.join(map(repr, alike[name]))} have one name but for "
-                f"case and white space, and say what is trained on; remove all but one {name!r}"
-            )
+    flags = _flags(source, alike, set(own.values()))
     refused = {}
     for column in present:
         if column not in own.values() and column not in flags:
@@ -294,6 +287,20 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
                 refused[column] = why
     unused = [name for name in present if name not in {*own.values(), *flags, *refused}]
     return Columns(form, own, refused, flags, unused)
+
+
+def _flags(source: str, alike: Mapping[str, list[str]], own: set[str]) -> dict[str, str]:
+    """The columns that say whether a row is trained on: column -> the flag's name."""
+    flags: dict[str, str] = {}
+    for name in ROW_FLAGS:
+        columns = [column for column in alike.get(name, ()) if column not in own]
+        if len(columns) > 1:
+            raise UserError(
+                f"{source}: the columns {', '.join(map(repr, columns))} have one name but for "
+                f"case and white space, and say what is trained on; remove all but one {name!r}"
+            )
+        flags |= dict.fromkeys(columns, name)
+    return flags
 
 
 def _of_fields(

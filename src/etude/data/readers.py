@@ -1,4 +1,4 @@
-"""Rows out of files and Hub data sets, as they stand there, each with its line."""
+"""Rows out of files and Hub data sets, unchanged, each with its line."""
 
 import codecs
 import csv
@@ -31,7 +31,7 @@ LIMIT = 2**31  # bytes of a file, and of what a packed one grows to: Python need
 GROWTH = 100  # how many times larger than its file a table may be, once it is larger than FREE
 FREE = 2**27
 
-# A row as it stands in the source: its line (or number, where there are no lines) and its fields.
+# A row of the source: its line (or number, where there are no lines) and its fields.
 RawRow = tuple[int, dict[str, Any]]
 
 
@@ -246,7 +246,7 @@ def _csv(lines: Iterator[str], source: str, kind: str) -> list[RawRow]:
                 doubled = [name for name, times in Counter(names).items() if times > 1]
                 if doubled:
                     raise UserError(
-                        f"{source}:{line}: the column {doubled[0]!r} stands twice in the header; "
+                        f"{source}:{line}: the header has a duplicate column {doubled[0]!r}; "
                         "rename one"
                     )
             elif values and len(values) != len(names):
@@ -291,7 +291,7 @@ def _parquet(data: bytes, source: str) -> list[RawRow]:
         names = _class_names(file.schema_arrow.metadata)
         # In pieces: a small file can hold a value once and say that it stands a billion times.
         for batch in file.iter_batches(1024):
-            # A row costs about so much in Python, whatever stands in it.
+            # A row costs about so much in Python, whatever is in it.
             size += 100 * len(batch) + sum(
                 (column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes
                 for column in batch.columns
@@ -364,7 +364,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {name!r:.40} stands twice in one object; keep one")
+        raise ValueError(f"duplicate key {name!r:.40} in one object; keep one")
     return made
 
 
