@@ -71,7 +71,7 @@ def write_rows(folder: Path) -> None:
     from etude.config.schema import Dataset
     from etude.conversation.renderer import Renderer
     from etude.data import dataset
-    from etude.models import loading
+    from etude.models import gguf, loading
 
     def write(name: str, lines: list[str]) -> None:
         (folder / f"{name}.train.jsonl").write_text("".join(lines[:ROWS]))
@@ -79,7 +79,7 @@ def write_rows(folder: Path) -> None:
 
     for name in ("tweets", "dictionary"):
         write(name, (ROOT / WORKLOADS[name]).read_text().splitlines(keepends=True))
-    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
+    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(gguf.SAMPLE)))
     settings = Dataset(train=WORKLOADS["dictionary"])
     table = dataset.read(str(ROOT / settings.train), settings)
     conversations = [dataset.conversation(row, table.labels, settings) for row in table.rows]

@@ -58,9 +58,9 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
     from etude.config.schema import Dataset
     from etude.conversation.renderer import Renderer
     from etude.data import dataset
-    from etude.models import loading
+    from etude.models import gguf, loading
 
-    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)))
+    renderer = Renderer(AutoTokenizer.from_pretrained(loading.locate(gguf.SAMPLE)))
     settings = Dataset(train=WORKLOADS[workload], max_length=512)
     table = dataset.read(str(ROOT / settings.train), settings)
     conversations = [dataset.conversation(row, table.labels, settings) for row in table.rows]
@@ -317,7 +317,7 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from etude.models import loading
+    from etude.models import gguf, loading
 
     rows = [
         {
@@ -343,7 +343,7 @@ def run_trl(steps: list[Any], model_name: str, folder: str, bf16: bool = False) 
             )
         ),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE)),
+        processing_class=AutoTokenizer.from_pretrained(loading.locate(gguf.SAMPLE)),
         callbacks=[clock],
     )
     loop.train()

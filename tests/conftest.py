@@ -45,9 +45,9 @@ def sample_tokenizer():
     """The sample model's tokenizer, without the weights."""
     from transformers import AutoTokenizer
 
-    from etude.models import loading
+    from etude.models import gguf, loading
 
-    return AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE), local_files_only=True)
+    return AutoTokenizer.from_pretrained(loading.locate(gguf.SAMPLE), local_files_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from etude import __main__ as command_line
 from etude import cli, console, distributed, train_with_config
 from etude.data import readers
 from etude.errors import Stopped, UserError, shortage
-from etude.models import loading, lora
+from etude.models import gguf, loading, lora
 from etude.runs import opening, proof
 
 
@@ -106,12 +107,12 @@ def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
             "Permission denied; check who.*set ETUDE_CACHE",
         ),
     ):
-        monkeypatch.setattr(loading, "_convert", lambda *_, error=error: throw(error))
+        monkeypatch.setattr(gguf, "_convert", lambda *_, error=error: throw(error))
         with pytest.raises(UserError, match=words):
-            loading.from_gguf(file)
-    monkeypatch.setattr(loading, "_convert", lambda *_: 1 / 0)
+            gguf.from_gguf(file)
+    monkeypatch.setattr(gguf, "_convert", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        loading.from_gguf(file)
+        gguf.from_gguf(file)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: throw(FULL))
@@ -319,27 +320,37 @@ def test_a_chat_without_streams_says_so(monkeypatch):
 
 def test_what_killed_conversions_left_is_removed_by_the_next(monkeypatch, tmp_path):
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
-    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    child.wait()
     folder = tmp_path / "gguf"
-    gone, alive, elsewhere, numbered, other = (
-        folder / name
-        for name in (
-            f"{loading._maker(child.pid)}-abc",
-            f"{loading._maker(os.getppid())}-abc",
-            ".unfinished-another.host-1-abc",
-            f"{loading._maker(child.pid)}-1-abc",  # of a host whose name goes on with a number
-            "model-0123456789abcdef",
-        )
+    gone, other = (
+        folder / name for name in (".unfinished-0123456789abcdef", "model-0123456789abcdef")
     )
-    for path in (gone, alive, elsewhere, numbered, other):
+    for path in (gone, other):
         path.mkdir(parents=True)
         (path / "model.safetensors").write_text("half")
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(loading, "_convert", lambda _, work: (work / "model.safetensors").touch())
-    made = loading.from_gguf(file)
-    assert sorted(folder.iterdir()) == sorted([alive, elsewhere, numbered, other, made])
+    monkeypatch.setattr(gguf, "_convert", lambda _, work: (work / "model.safetensors").touch())
+    made = gguf.from_gguf(file)
+    assert sorted(folder.iterdir()) == sorted([other, made])
+
+
+def test_of_two_conversions_at_once_one_converts_and_the_other_waits(monkeypatch, tmp_path):
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    calls, second = [], threading.Thread(target=lambda: gguf.from_gguf(file))
+
+    def convert(_, work):
+        calls.append(work)
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()  # it waits, and touches nothing of this one
+        (work / "model.safetensors").touch()
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    made = gguf.from_gguf(file)
+    second.join()
+    assert len(calls) == 1 and list((tmp_path / "gguf").iterdir()) == [made]
 
 
 @pytest.mark.parametrize("code", [129, 130, 143])

@@ -597,7 +597,7 @@ def test_what_answers_is_what_was_proven(classifier, dtype, merged):
     model = target.tuned()
     assert merged != any("lora" in name for name, _ in model.named_parameters())
     other = opening.open_target(str(classifier), settings)
-    proven = lora.load(other.base.model, other.adapter)
+    proven = lora.load_adapter(other.base.model, other.adapter)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         difference = (model(ids).logits - proven(ids).logits).abs().max()

@@ -17,7 +17,7 @@ from etude.config.loading import load_config, preset_path
 from etude.conversation import history
 from etude.data import readers
 from etude.errors import UserError
-from etude.models import loading, lora
+from etude.models import gguf, loading, lora
 from etude.runs import evaluations, opening
 from etude.training import resuming
 
@@ -169,9 +169,9 @@ def test_no_name_leads_out_of_the_run_root(tmp_path, monkeypatch, watch):
     furnish(root)
     monkeypatch.chdir(root)
     monkeypatch.setenv("ETUDE_CACHE", str(root / "cache"))
-    monkeypatch.setattr(loading, "load", locate)
+    monkeypatch.setattr(loading, "load_base", locate)
     monkeypatch.setattr(
-        loading, "_convert", lambda file, folder: (folder / "model.safetensors").write_bytes(b"x")
+        gguf, "_convert", lambda file, folder: (folder / "model.safetensors").write_bytes(b"x")
     )
     outside, ends = [], {what: 0 for what in [*TYPED, *WRITTEN]}
     for number, name in enumerate(["runs/run", *names(300)]):

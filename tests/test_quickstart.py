@@ -68,11 +68,11 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from etude.models import loading
+    from etude.models import gguf, loading
 
     target = opening.open_target(str(run), [])
     ids = torch.tensor([target.renderer.prompt([{"role": "user", "content": "I love this!"}])])
-    base = AutoModelForCausalLM.from_pretrained(loading.locate(loading.SAMPLE), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(loading.locate(gguf.SAMPLE), dtype=torch.float32)
     with torch.no_grad():
         untuned = base(ids).logits
         plain = PeftModel.from_pretrained(base, run)(ids).logits

@@ -32,7 +32,7 @@ from typing import Any
 import typer
 
 from etude import console, files, train_with_config
-from etude.models import loading
+from etude.models import gguf, loading
 from etude.runs import proof
 from etude.runs.folder import CHECKPOINTS, LOCK, MANIFEST, METRICS
 from etude.runs.manifest import read_metrics
@@ -279,7 +279,7 @@ def prepare(home: Path, rows: int, tiny: bool) -> list[str]:
     if tiny:
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-        tokenizer = AutoTokenizer.from_pretrained(loading.locate(loading.SAMPLE))
+        tokenizer = AutoTokenizer.from_pretrained(loading.locate(gguf.SAMPLE))
         tokenizer.save_pretrained(home / "tiny")
         sizes: Any = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
         config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)

@@ -18,7 +18,7 @@ from etude.engine.generation import Response
 from etude.errors import UserError, command, nearest, shortage
 from etude.files import expanded
 from etude.model import Model, sampling
-from etude.models import loading
+from etude.models import gguf
 from etude.runs import opening
 from etude.runs.folder import refuse_live
 
@@ -111,8 +111,8 @@ def default_target(overrides: Sequence[str]) -> str:
         folder = str(adapters[-1].parent)
         say(f"The newest run: {folder}")
         return folder
-    say(f"No run under runs/ yet: this is the sample model, {loading.SAMPLE}, untuned")
-    return loading.SAMPLE
+    say(f"No run under runs/ yet: this is the sample model, {gguf.SAMPLE}, untuned")
+    return gguf.SAMPLE
 
 
 class Talk:
@@ -279,7 +279,7 @@ def prompt_session() -> "PromptSession[str]":
         event.current_buffer.insert_text("\n")
 
     history: History
-    file = loading.cache_folder() / "history"
+    file = gguf.cache_folder() / "history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)

@@ -180,7 +180,9 @@ def load_model(
     import transformers
 
     model = settings.model
-    base = loading.load(model.name, plan.device, model.revision, model.quantization, plan.outline)
+    base = loading.load_base(
+        model.name, plan.device, model.revision, model.quantization, plan.outline
+    )
     if repeated:
         lora.check_base("the run to repeat", repeated["base"]["identity"], base.identity)
     reporter.say("model", f"{base.name} ({base.identity[:19]})")

@@ -69,7 +69,9 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", spy)
         monkeypatch.setattr(loading, "hub_reachable", lambda: True)
         with pytest.raises(UserError):
-            loading.load(config.model.name, device.choose("float32", True), config.model.revision)
+            loading.load_base(
+                config.model.name, device.choose("float32", True), config.model.revision
+            )
         return seen
 
     def template(config):

@@ -257,7 +257,7 @@ def test_a_run_keeps_the_date_it_began_with(tiny_model, rows, tmp_path, monkeypa
 def foreign_adapter(tiny_model, tmp_path_factory):
     """A PEFT folder without a tokenizer, as another program writes it."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    base = loading.load(str(tiny_model), opening.device.choose("float32", True))
+    base = loading.load_base(str(tiny_model), opening.device.choose("float32", True))
     lora.save(lora.attach(base.model, Config().lora, str(tiny_model)), folder)
     return folder
 

@@ -293,9 +293,9 @@ def test_a_base_that_becomes_int8_is_loaded_in_its_own_format(tmp_path, sample_t
     llama(tuned=False).bfloat16().save_pretrained(tmp_path)
     sample_tokenizer.save_pretrained(tmp_path)
     place = device.choose("float32", True)
-    own = loading.load(str(tmp_path), place, quantization="int8").model
+    own = loading.load_base(str(tmp_path), place, quantization="int8").model
     assert {weight.dtype for weight in own.parameters()} == {torch.bfloat16}
-    plain = loading.load(str(tmp_path), place).model
+    plain = loading.load_base(str(tmp_path), place).model
     assert {weight.dtype for weight in plain.parameters()} == {torch.float32}
 
 

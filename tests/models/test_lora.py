@@ -115,7 +115,7 @@ def test_an_adapter_saved_and_loaded_is_bitwise_the_same(model, base, tmp_path, 
     assert lora.is_adapter(tmp_path) and not lora.is_adapter(tmp_path.parent)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
-    again = lora.load(copy.deepcopy(base), tmp_path)
+    again = lora.load_adapter(copy.deepcopy(base), tmp_path)
 
     expected = {name: weight for name, weight in tuned.named_parameters() if "lora" in name}
     got = {name: weight for name, weight in again.named_parameters() if "lora" in name}
@@ -130,7 +130,7 @@ def test_a_damaged_adapter_is_refused_in_words(model, base, tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
-        lora.load(copy.deepcopy(base), tmp_path)
+        lora.load_adapter(copy.deepcopy(base), tmp_path)
 
 
 def test_an_adapter_for_another_base_is_refused(model, tmp_path):
@@ -150,7 +150,7 @@ def test_an_adapter_for_another_base_is_refused(model, tmp_path):
         UserError,
         match=r"does not load on this base: 8 misshapen of 8 keys \(.*lora_A.weight is \[4, 32\], not \[4, 64\]",
     ):
-        lora.load(other, tmp_path)
+        lora.load_adapter(other, tmp_path)
 
 
 def test_an_adapter_that_fits_nowhere_is_refused(model, base, tmp_path):
@@ -167,7 +167,7 @@ def test_an_adapter_that_fits_nowhere_is_refused(model, base, tmp_path):
     with pytest.raises(
         UserError, match=r"8 missing of 8 keys \(.*; 8 extra of 8 keys \(.*attention"
     ):
-        lora.load(copy.deepcopy(base), tmp_path)
+        lora.load_adapter(copy.deepcopy(base), tmp_path)
 
 
 def test_unknown_target_module_names_the_nearest(model):
@@ -233,7 +233,7 @@ def reconfigure(folder, **changes):
 
 def refused(base, folder):
     with pytest.raises(UserError) as caught:
-        lora.load(copy.deepcopy(base), folder)
+        lora.load_adapter(copy.deepcopy(base), folder)
     return str(caught.value)
 
 
@@ -247,7 +247,7 @@ def test_missing_extra_misshapen_and_infinite_keys_are_listed_at_once(base, save
         tensors[names[2]] = torch.full_like(tensors[names[2]], float("nan"))
         tensors[names[3]] = tensors[names[3]].to(torch.int64)
 
-    lora.load(copy.deepcopy(base), saved)  # the control
+    lora.load_adapter(copy.deepcopy(base), saved)  # the control
     rewrite(saved, change)
     message = refused(base, saved)
     for words in (
@@ -274,7 +274,9 @@ def test_pickled_weights_are_not_read(base, saved):
 
     pickled = saved / "adapter_model.bin"
     torch.save({"x": Harm()}, pickled)
-    lora.load(copy.deepcopy(base), saved)  # safetensors are there, so nothing else is looked at
+    lora.load_adapter(
+        copy.deepcopy(base), saved
+    )  # safetensors are there, so nothing else is looked at
     (saved / lora.WEIGHTS).unlink()
     assert "adapter_model.bin is pickled, which can run code" in refused(base, saved)
     pickled.unlink()
@@ -295,7 +297,7 @@ def test_pickled_weights_are_not_read(base, saved):
         ({"lora_alpha": None}, "lora_alpha: "),
         ({"target_modules": None}, "target_modules: "),
         ({"target_modules": ["nothing"]}, "does not load on this base: Target modules"),
-        ({"target_modules": "("}, "target_modules: String should match pattern"),
+        ({"target_modules": "("}, "does not load on this base"),
         ({"bias": "all"}, "bias: Input should be 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: "),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: Etude does not do this"),
@@ -329,7 +331,7 @@ def test_any_configuration_loads_or_gets_a_sentence(fuzzed, changes):
     good = (folder / lora.ADAPTER_CONFIG).read_text()
     reconfigure(folder, **changes)
     with contextlib.suppress(UserError):
-        lora.load(copy.deepcopy(base), folder)
+        lora.load_adapter(copy.deepcopy(base), folder)
     (folder / lora.ADAPTER_CONFIG).write_text(good)
 
 
@@ -363,11 +365,11 @@ def test_weights_in_16_bits_are_read_as_peft_reads_them(base, saved):
 
     rewrite(saved, lambda t: t.update({name: value.bfloat16() for name, value in t.items()}))
     plain = PeftModel.from_pretrained(copy.deepcopy(base), saved)
-    assert torch.equal(logits(lora.load(copy.deepcopy(base), saved)), logits(plain.eval()))
+    assert torch.equal(logits(lora.load_adapter(copy.deepcopy(base), saved)), logits(plain.eval()))
 
 
 def test_the_digest_tells_adapters_apart_and_survives_saving(base, saved):
-    loaded = lora.state(lora.load(copy.deepcopy(base), saved))
+    loaded = lora.state(lora.load_adapter(copy.deepcopy(base), saved))
     digest = lora.digest(lora.read_weights(saved))
     assert lora.digest(loaded) == digest
     assert lora.digest(dict(reversed(loaded.items()))) == digest

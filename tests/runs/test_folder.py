@@ -22,7 +22,7 @@ from etude.config.schema import Config
 from etude.conversation import history
 from etude.data import dataset
 from etude.errors import UserError
-from etude.models import device, loading, lora
+from etude.models import device, gguf, loading, lora
 from etude.runs import card, evaluations, manifest, opening, plots, proof, report
 from etude.runs.folder import (
     CHECKPOINTS,
@@ -731,8 +731,8 @@ def test_a_converted_model_is_written_through_no_link(tmp_path, monkeypatch):
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(loading, "_convert", lambda _, folder: (folder / "a").write_text("weights"))
-    folder = loading.converted(file)
+    monkeypatch.setattr(gguf, "_convert", lambda _, folder: (folder / "a").write_text("weights"))
+    folder = gguf.converted(file)
     folder.parent.mkdir(parents=True)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -740,7 +740,7 @@ def test_a_converted_model_is_written_through_no_link(tmp_path, monkeypatch):
     for target in (theirs, tmp_path / "nowhere"):
         folder.symlink_to(target)
         with pytest.raises(UserError, match="could not be converted"):
-            loading.from_gguf(file)
+            gguf.from_gguf(file)
         folder.unlink()
     assert state(theirs) == {theirs / "precious": b"precious"}
-    assert loading.from_gguf(file) == folder and (folder / "a").exists()
+    assert gguf.from_gguf(file) == folder and (folder / "a").exists()

@@ -16,7 +16,7 @@ from etude.config.loading import load_config, to_yaml
 from etude.config.schema import Config, Lora
 from etude.data import dataset
 from etude.errors import UserError
-from etude.models import device, loading, lora
+from etude.models import device, gguf, loading, lora
 from etude.runs import comparison, opening, proof
 from etude.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, METRICS, STARTED
 from etude.runs.manifest import (
@@ -251,7 +251,7 @@ def test_a_run_is_opened_on_the_base_that_it_is_used_on(
     model = settings.model.model_copy(update={"quantization": quantization})
     changed = settings.model_copy(update={"model": model})
     (copied / CONFIG).write_text(to_yaml(changed))
-    asked, original = [], loading.load
+    asked, original = [], loading.load_base
 
     def load(name, place, revision=None, quantization=None, known=None):
         asked.append(quantization)
@@ -259,7 +259,7 @@ def test_a_run_is_opened_on_the_base_that_it_is_used_on(
         base.model.is_quantized = quantization == "nf4"
         return base
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "load_base", load)
     target = opening.open_target(str(copied), [])
     assert asked == ["nf4" if quantization == "nf4" else None]
     # An adapter is not merged into 4 bits, and is merged elsewhere.
@@ -305,7 +305,7 @@ def test_4_bit_layers_stay_fit_for_gradients_after_a_pass_without(tiny_model):
     assert not hasattr(model[1], "support_avx512bf16_for_cpu")
 
     pytest.importorskip("bitsandbytes")
-    base = loading.load(str(tiny_model), device.Device("cpu", "float32", ""), None, "nf4")
+    base = loading.load_base(str(tiny_model), device.Device("cpu", "float32", ""), None, "nf4")
     ids = torch.arange(3, 40)[None]
     torch.manual_seed(0)
     tuned = lora.attach(base.model, Lora(r=4), "tiny")
@@ -513,7 +513,7 @@ def test_the_sample_trains_the_same_adapter_twice(tmp_path, files, same_process)
                  "training.gradient_accumulation_steps=2", "training.warmup_steps=0",
                  "dataset.validation_split=0")  # fmt: skip
     first = tmp_path / "first"
-    result = train(loading.SAMPLE, files, first, *arguments)
+    result = train(gguf.SAMPLE, files, first, *arguments)
     assert result.exit_code == 0, result.output
     assert "120 tensors as trained" in result.output
     again = etude("reproduce", first)

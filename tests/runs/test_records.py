@@ -24,7 +24,7 @@ from etude.conversation import history
 from etude.conversation.renderer import Renderer
 from etude.data import dataset
 from etude.errors import Stopped, UserError
-from etude.models import loading, lora
+from etude.models import gguf, loading, lora
 from etude.runs import comparison, opening, plots, proof
 from etude.runs.card import model_card
 from etude.runs.folder import STARTED
@@ -500,9 +500,7 @@ def test_a_plain_card_is_as_plain_as_before():
     assert text.startswith("---\nbase_model: Qwen/Qwen2-1.5B\nlibrary_name: peft\n")
     assert "`etude chat runs/a` chats with it" in text
     assert "| data | `data/x.jsonl`, 4 rows, format text |" in text
-    (line,) = [
-        line for line in card(loading.SAMPLE, "a", "b").split("\n") if "etude.models" in line
-    ]
+    (line,) = [line for line in card(gguf.SAMPLE, "a", "b").split("\n") if "etude.models" in line]
     namespace = {}
     exec(line, namespace)
     assert namespace["locate"] is loading.locate

@@ -16,7 +16,7 @@ from etude.config.loading import load_config
 from etude.data import dataset
 from etude.engine import int8, packing
 from etude.errors import UserError
-from etude.models import device, loading, lora
+from etude.models import device, gguf, loading, lora
 from etude.runs import opening
 from etude.training import counting, rehearsal
 from etude.training import memory as plan
@@ -76,7 +76,7 @@ def shapes(model):
 def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model):
     outline = loading.outline(str(tiny_model))
     empty = outline.model(torch.float32)
-    loaded = loading.load(str(tiny_model), CPU, known=outline)
+    loaded = loading.load_base(str(tiny_model), CPU, known=outline)
     assert shapes(empty) == shapes(loaded.model)
     assert all(value.is_meta for value in empty.parameters())
     assert not any(value.requires_grad for value in empty.parameters())
@@ -87,10 +87,10 @@ def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model
 
 @pytest.mark.real
 def test_a_gguf_file_is_outlined_before_it_is_converted(monkeypatch, tmp_path):
-    known = loading.outline(loading.SAMPLE)
+    known = loading.outline(gguf.SAMPLE)
     assert known.folder and not known.unconverted
     monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))  # as on the first use
-    first = loading.outline(loading.SAMPLE)
+    first = loading.outline(gguf.SAMPLE)
     assert first.unconverted and list(tmp_path.iterdir()) == []
     assert shapes(first.model(torch.float32)) == shapes(known.model(torch.float32))
     # The rows are encoded with it, and the run is opened with the other.
@@ -105,7 +105,7 @@ def test_a_hub_model_out_of_reach_is_told(monkeypatch):
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         loading.outline("nobody/nothing")
     with pytest.raises(UserError, match=r"model\.revision"):
-        loading.outline(loading.SAMPLE, "main")
+        loading.outline(gguf.SAMPLE, "main")
 
 
 # --- the parts -------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_hub_model_out_of_reach_is_told(monkeypatch):
 def test_base_adapter_and_optimizer_are_what_the_real_ones_hold(prepared, tiny_model):
     settings, _, examples = prepared()
     found = planned(prepared)
-    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    model = lora.attach(loading.load_base(str(tiny_model), CPU).model, settings.lora, "tiny")
     frozen = [value for value in model.parameters() if not value.requires_grad]
     trained = [value for value in model.parameters() if value.requires_grad]
     assert found.base == counting.size(frozen)
@@ -157,7 +157,7 @@ def test_the_walk_counts_what_a_real_pass_holds(tiny_model, prepared, checkpoint
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     settings, outline, examples = prepared("training.batch_size=4")
-    real = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    real = lora.attach(loading.load_base(str(tiny_model), CPU).model, settings.lora, "tiny")
     cutter = packing.Cutter.of(real, 4, 128, examples["train"])
     batch, tokens = packing.largest(cutter(examples["train"]))
     assert tokens >= batch.input_ids.numel() > 200
@@ -297,7 +297,7 @@ def test_a_training_that_does_not_fit_ends_before_the_weights(tiny_model, files,
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "load_base", load)
     run = files / "never"
     arguments = [*overrides_for(tiny_model, files), f"output.dir={run}"]
     monkeypatch.setattr(device, "available", lambda _: 0)
@@ -350,7 +350,7 @@ def test_a_process_reads_its_own_memory():
 @pytest.mark.parametrize("more", [(), ("training.gradient_checkpointing=true",)])
 def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
     settings, _, examples = prepared("lora.dropout=0.5", *more)
-    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    model = lora.attach(loading.load_base(str(tiny_model), CPU).model, settings.lora, "tiny")
     cutter = packing.Cutter.of(model, 1, 128, examples["train"])
     original, seen = packing.token_losses, []
 
@@ -378,7 +378,7 @@ def test_a_rehearsal_leaves_no_trace(prepared, tiny_model, monkeypatch, more):
 
 def test_where_memory_runs_out_the_rehearsal_halves_the_passes(prepared, tiny_model, monkeypatch):
     settings, _, examples = prepared("training.batch_size=4")
-    model = lora.attach(loading.load(str(tiny_model), CPU).model, settings.lora, "tiny")
+    model = lora.attach(loading.load_base(str(tiny_model), CPU).model, settings.lora, "tiny")
     cutter = packing.Cutter.of(model, 4, 128, examples["train"])
     original, limit = packing.token_losses, 150
 

@@ -73,7 +73,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     """Train as the program does, without its terminal; returns the model, results and log lines."""
     folder.mkdir(exist_ok=True)
     place = device.choose("float32", True)
-    base = loading.load(settings.model.name, place)
+    base = loading.load_base(settings.model.name, place)
     renderer = opening.renderer_for(base, settings)
     examples = {}
     for split, table in dataset.read_splits(settings.dataset, settings.training.seed)[0].items():
@@ -129,7 +129,7 @@ def test_step_loss_is_transformers_own_over_the_supervised_tokens(tiny_model, fi
         tiny_model, files, "training.gradient_accumulation_steps=24", "training.warmup_steps=0"
     )
     _, _, lines = fitted(settings, files / "run")
-    base = loading.load(str(tiny_model), device.choose("float32", True))
+    base = loading.load_base(str(tiny_model), device.choose("float32", True))
     renderer = opening.renderer_for(base, settings)
     total = tokens = 0
     for row in ROWS:
@@ -166,7 +166,7 @@ def test_the_best_adapter_is_kept_not_the_last(tiny_model, files):
     assert len(losses) == 8  # at steps 2, 4, ... and at the last, 15
     assert results["eval_loss"] == min(losses) < losses[-1]
     renderer = opening.renderer_for(
-        loading.load(str(tiny_model), device.choose("float32", True)), settings
+        loading.load_base(str(tiny_model), device.choose("float32", True)), settings
     )
     table = dataset.read(settings.dataset.validation, settings.dataset)
     examples = dataset.encode(table, renderer, settings.dataset, "validation").examples
@@ -240,7 +240,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
     )
     poisoned = poison_row(monkeypatch, what)
     renderer = opening.renderer_for(
-        loading.load(str(tiny_model), device.choose("float32", True)), settings
+        loading.load_base(str(tiny_model), device.choose("float32", True)), settings
     )
     row = dataset.read(settings.dataset.train, settings.dataset).rows[7]
     poisoned.ids = " ".join(map(str, renderer.render(row.messages).ids))
@@ -265,7 +265,7 @@ def test_a_validation_or_proof_that_is_not_finite_names_its_rows(
     tiny_model, files, monkeypatch, where
 ):
     settings = settings_for(tiny_model, files, "training.max_steps=1", "training.warmup_steps=0")
-    base = loading.load(str(tiny_model), device.choose("float32", True))
+    base = loading.load_base(str(tiny_model), device.choose("float32", True))
     renderer = opening.renderer_for(base, settings)
     table = dataset.read(settings.dataset.validation, settings.dataset)
     examples = dataset.encode(table, renderer, settings.dataset, "validation").examples

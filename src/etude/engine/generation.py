@@ -62,14 +62,6 @@ def generate(
     # Padded on the left: the next token must follow the prompt's last one in every row.
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-        }
     streamer = _Streamer(renderer, on_text) if on_text else None
     interrupted = False
     try:
@@ -79,10 +71,9 @@ def generate(
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(
                     max_new_tokens=min(settings.max_new_tokens, room),
-                    repetition_penalty=settings.repetition_penalty,
                     eos_token_id=renderer.stop_ids,
                     pad_token_id=pad,
-                    **sampling,
+                    **_choice(settings),
                 ),
                 streamer=streamer,
                 logits_processor=[_Finite(model, origins)],
@@ -93,6 +84,15 @@ def generate(
             raise
         written, interrupted = [streamer.ids], True
     return [_response(renderer, ids, interrupted) for ids in written]
+
+
+def _choice(settings: Generation) -> dict[str, Any]:
+    """How the next token is chosen, in transformers' words."""
+    values = {"repetition_penalty": settings.repetition_penalty}
+    if settings.temperature == 0:
+        return {**values, "do_sample": False}
+    sampling = settings.model_dump(include={"temperature", "top_p", "top_k"})
+    return {**values, **sampling, "do_sample": True}
 
 
 def _response(renderer: Renderer, ids: list[int], interrupted: bool) -> Response:

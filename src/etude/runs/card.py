@@ -5,7 +5,7 @@ from typing import Any
 
 from etude.config.yaml import scalar
 from etude.errors import command
-from etude.models.loading import SAMPLE
+from etude.models.gguf import SAMPLE
 from etude.runs.folder import CONFIG
 from etude.runs.markdown import cell, code
 

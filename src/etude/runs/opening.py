@@ -46,7 +46,7 @@ class Target:
     def with_adapter(self) -> Any:
         """The base with the adapter beside it, so that it can be switched off."""
         assert self.adapter is not None
-        return lora.load(self.base.model, self.adapter)
+        return lora.load_adapter(self.base.model, self.adapter)
 
 
 def open_config(name: str, overrides: list[str]) -> Config:
@@ -112,7 +112,7 @@ def _load(config: Config) -> loading.Base:
     place = device.choose(config.model.dtype, config.training.use_cpu)
     # An int8 base is made for training; a 4-bit one where there is no room for another.
     quantization = "nf4" if config.model.quantization == "nf4" else None
-    return loading.load(config.model.name, place, config.model.revision, quantization)
+    return loading.load_base(config.model.name, place, config.model.revision, quantization)
 
 
 def _with_its_own(base: loading.Base, folder: Path) -> tuple[loading.Base, str | None]:

@@ -180,7 +180,7 @@ def examine(
         UserError: one of them does not hold.
     """
     assert target.adapter is not None
-    model = lora.load(target.base.model, target.adapter)
+    model = lora.load_adapter(target.base.model, target.adapter)
     tensors = lora.state(model)
     if lora.digest(tensors) != expected["sha256"]:
         raise UserError(
