@@ -202,9 +202,9 @@ class Writer:
         """Write `piece`, but for white space that nothing has followed yet."""
         text = self._held + console.printable(piece)
         text = text if self._begun else text.lstrip()
-        shown = text.rstrip()
-        self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
-        print(shown, end="", flush=True)
+        visible = text.rstrip()
+        self._begun, self._held = self._begun or bool(visible), text[len(visible) :]
+        print(visible, end="", flush=True)
 
 
 def say(text: str, style: str = "dim") -> None:
@@ -361,9 +361,9 @@ def overview(talk: Talk) -> str:
     """What /show prints."""
     target, messages = talk.model.target, talk.conversation.messages
     tokens = len(target.renderer.prompt(talk.conversation.sent())) if messages else 0
-    place = target.base.device
+    device = target.base.device
     rows = {
-        "model": f"{target.base.name}, {place.name}, {place.dtype}",
+        "model": f"{target.base.name}, {device.name}, {device.dtype}",
         "adapter": target.adapter or "none",
         "system": system_prompt(talk),
         **talk.settings.model_dump(),

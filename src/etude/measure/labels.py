@@ -61,8 +61,13 @@ def classify(
         level=settings.evaluation.confidence,
         seed=settings.training.seed,
     )
-    mine = {"intervals": ends, "truth": truth, "predicted": predicted}
-    return {"kind": "classification", **result, **mine}
+    return {
+        "kind": "classification",
+        **result,
+        "intervals": ends,
+        "truth": truth,
+        "predicted": predicted,
+    }
 
 
 def judge_completions(table: dataset.Table, settings: Config) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def label_log_likelihoods(
     """Exact log P(label, end of turn | prompt) in nats for every prompt and label: [prompts][labels].
 
     The sum runs over all tokens of a label and its end token, so that "positive" and "positively"
-    are told apart. Prompts and labels are packed: what they share is computed once.
+    are distinguished. Prompts and labels are packed: what they share is computed once.
 
     Raises:
         UserError: two labels that the model would see as one, or a template that refuses a prompt.
