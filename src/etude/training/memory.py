@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from etude.config.schema import Config
 from etude.conversation.renderer import Example
@@ -155,59 +155,62 @@ def estimate(
         return None
 
 
-def _estimate(
-    settings: Config,
-    outline: Outline,
-    place: Device,
-    examples: dict[str, list[Example]],
-    steps: int,
-) -> Plan:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class _Work(NamedTuple):
+    """What a training computes: its largest pass, that of its validation, and all its tokens."""
 
-    from etude.engine import int8
+    batch: packing.Pass
+    tokens: int
+    several: bool  # whether a step has more than one pass
+    checked: packing.Pass
+    checked_tokens: int  # of all rounds of validation
 
-    training, quantization = settings.training, settings.model.quantization
-    model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
-    # Of the float model, before it is quantised: what is loaded first.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
-    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
-    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
-    engine = configure_engine(model, settings, place, examples["train"], steps)
-    cutter = engine.cutter
+
+def _work(
+    settings: Config, cutter: packing.Cutter, examples: dict[str, list[Example]], steps: int
+) -> _Work:
     looked_at = list(packing.first_steps(settings, examples["train"]))
     batch, tokens = packing.largest(batch for step in looked_at for batch in cutter(step))
     several = any(sum(1 for _ in cutter(step)) > 1 for step in looked_at[:8])
-    tokens = tokens * steps // len(looked_at)
     held_out = examples.get("validation", [])
     checked, checked_tokens = batch, 0
     if held_out:
         longest = packing.longest(held_out)
         checked, checked_tokens = packing.largest(cutter(longest))
         checked_tokens = checked_tokens * sum(map(len, held_out)) // sum(map(len, longest))
-    epoch = math.ceil(len(examples["train"]) / training.rows_per_step)
-    rounds = math.ceil(steps / (training.eval_steps or epoch))
-    if engine.int8:
-        base = counting.size(p for p in model.parameters() if not p.requires_grad)
-        base += counting.size(
-            buffer
-            for module in model.modules()
-            if isinstance(module, int8.Int8Linear)
-            for buffer in module.buffers(recurse=False)
-        )
-    elif quantization == "nf4":
-        base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
-        opened = base
-    stateful = _stateful(model)
-    mixed = device.mixed_precision(training, "cpu")
+    epoch = math.ceil(len(examples["train"]) / settings.training.rows_per_step)
+    checked_tokens *= math.ceil(steps / (settings.training.eval_steps or epoch))
+    return _Work(batch, tokens * steps // len(looked_at), several, checked, checked_tokens)
+
+
+def _int8_size(model: Any) -> int:
+    """Bytes of a base in int8: what is frozen, and the buffers of its int8 layers."""
+    from etude.engine import int8
+
+    buffers = (
+        buffer
+        for module in model.modules()
+        if isinstance(module, int8.Int8Linear)
+        for buffer in module.buffers(recurse=False)
+    )
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return counting.size(frozen) + counting.size(buffers)
+
+
+def _walk(
+    model: Any, settings: Config, work: _Work, train: Sequence[Example]
+) -> tuple[counting.Walk, counting.Walk, int]:
+    """What the largest passes hold, with gradients and without, and what generation caches; on fake tensors."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    stateful, mixed = _stateful(model), device.mixed_precision(settings.training, "cpu")
     with FakeTensorMode() as mode:
         # Steps of several passes: the gradients of those before are there when the next begins.
-        counting.numberless(model, gradients=several)
-        learnt, seen = (counting.fake_pass(mode, part, stateful) for part in (batch, checked))
+        counting.numberless(model, gradients=work.several)
+        learnt = counting.fake_pass(mode, work.batch, stateful)
+        seen = counting.fake_pass(mode, work.checked, stateful)
         model.train()
-        if training.gradient_checkpointing:
+        if settings.training.gradient_checkpointing:
             model.activation_checkpointing_enable()
 
         def forward_and_backward() -> None:
@@ -219,21 +222,47 @@ def _estimate(
         model.eval()
         with torch.no_grad(), mixed:
             judged = counting.walk(model, lambda: packing.token_losses(model, seen))
-            cache = _generation(model, settings, examples["train"], stateful)
-    # nf4 makes one layer's weights anew for each product.
-    again = max((w.numel() * w.element_size() for w in linears), default=0)
-    extra = again if quantization == "nf4" else 0
+            return step, judged, _generation(model, settings, train, stateful)
+
+
+def _estimate(
+    settings: Config,
+    outline: Outline,
+    place: Device,
+    examples: dict[str, list[Example]],
+    steps: int,
+) -> Plan:
+    from etude.engine import int8
+
+    quantization = settings.model.quantization
+    model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
+    # Of the float model, before it is quantised: what is loaded first.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    adapter = counting.size(p for p in model.parameters() if p.requires_grad)
+    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
+    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
+    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
+    engine = configure_engine(model, settings, place, examples["train"], steps)
+    work = _work(settings, engine.cutter, examples, steps)
+    if engine.int8:
+        base = _int8_size(model)
+    elif quantization == "nf4":
+        base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
+        opened = base
+    step, judged, cache = _walk(model, settings, work, examples["train"])
+    # nf4 makes one layer's weights again for each product.
+    widest = max((w.numel() * w.element_size() for w in linears), default=0)
+    extra = widest if quantization == "nf4" else 0
     host = place.name != "cuda"
     held = HELD if host else UNMEASURED
     factor = held * (COMPILED if engine.compiled and host else 1)
-    adapter = counting.size(trained)
     stored = count * outline.stored.itemsize
     # The file's pages, unless they become the weights themselves.
     converts = quantization == "nf4" or outline.stored != place.torch_dtype
     reading = stored if host and converts else 0
     if outline.unconverted:
         loading = int(CONVERTING * 4 * count) - base
-    elif engine.int8:  # both stand there while layer by layer is quantised
+    elif engine.int8:  # both are held while layer by layer is quantised
         loading = stored + int(held * judged.peak)
     else:
         loading = reading
@@ -246,15 +275,15 @@ def _estimate(
         loading=max(0, loading),
         adapter=adapter,
         optimizer=2 * adapter,
-        training=int(factor * step.peak) + (adapter if several else 0) + extra,
+        training=int(factor * step.peak) + (adapter if work.several else 0) + extra,
         validation=validation,
         proof=bare + opened + max(reading, adapter + validation),
         generation=cache,
         parameters=count,
-        tokens=batch.input_ids.numel(),
+        tokens=work.batch.input_ids.numel(),
         seconds=_seconds(
-            step.operations / batch.input_ids.numel() * tokens
-            + judged.operations / checked.input_ids.numel() * checked_tokens * rounds,
+            step.operations / work.batch.input_ids.numel() * work.tokens
+            + judged.operations / work.checked.input_ids.numel() * work.checked_tokens,
             max(linears, key=lambda w: w.numel(), default=None),
             place,
             "int8" if engine.int8 else "compiled" if engine.compiled else "plain",
