@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,8 +258,11 @@ def test_every_command_shows_examples():
         assert "Examples:" in shown or name == "schema", name
 
 
-def test_completion_for_a_shell_is_printed():
-    assert "COMPLETE=complete_bash" in invoke("--show-completion", "bash").stdout
+def test_a_shell_completes_the_commands():
+    command = [str(Path(sys.executable).parent / "etude")]
+    words = {"_ETUDE_COMPLETE": "complete_bash", "COMP_WORDS": "etude va", "COMP_CWORD": "1"}
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
+    assert done.stdout.split() == ["validate"]
 
 
 def test_the_schema_is_that_of_config_yml():
