@@ -49,6 +49,11 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def text(renderer, messages):
+    """The prompt of a conversation, as text."""
+    return renderer.tokenizer.decode(renderer.prompt(messages))
+
+
 def trl(name):
     return (TEMPLATES / f"{name}.jinja").read_text()
 
@@ -190,8 +195,8 @@ def dated(tokenizer, name, date):
 @pytest.mark.parametrize(("name", "monday", "tuesday"), DATED)
 def test_a_date_is_fixed_and_is_part_of_the_format(tokenizer, name, monday, tuesday):
     first, second = (dated(tokenizer, name, date) for date in (MONDAY, TUESDAY))
-    assert monday in first.written([user("x")])
-    assert tuesday in second.written([user("x")])
+    assert monday in text(first, [user("x")])
+    assert tuesday in text(second, [user("x")])
     assert first.state()["date"] == "2026-01-05"
     assert first.state()["probe_sha256"] != second.state()["probe_sha256"]
     first.check_state(json.loads(json.dumps(first.state())), "runs/a")
@@ -199,7 +204,7 @@ def test_a_date_is_fixed_and_is_part_of_the_format(tokenizer, name, monday, tues
         second.check_state(first.state(), "runs/a")
     # Today's is what the template writes by itself.
     today, clock = (dated(tokenizer, name, date) for date in (opening.today(), None))
-    assert today.written([user("x")]) == clock.written([user("x")])
+    assert text(today, [user("x")]) == text(clock, [user("x")])
     # A run of before has no date, and opens as it did.
     clock.check_state({k: v for k, v in clock.state().items() if k != "date"}, "runs/a")
     assert clock.state()["probe_sha256"] is None
@@ -235,10 +240,9 @@ def test_a_run_keeps_the_date_it_began_with(tiny_model, rows, tmp_path, monkeypa
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["chat_format"]["date"] == "2026-01-05"
     opened = opening.open_target(str(run), [])
-    assert "Monday" in opened.renderer.written([user("x")])
-    assert "Tuesday" in opening.renderer_for(opened.base, opened.config, opening.today()).written(
-        [user("x")]
-    )
+    assert "Monday" in text(opened.renderer, [user("x")])
+    other_day = opening.renderer_for(opened.base, opened.config, opening.today())
+    assert "Tuesday" in text(other_day, [user("x")])
     repeated = etude("reproduce", run)
     assert repeated.exit_code == 0, repeated.output
     assert recorded_date(tmp_path / "run-reproduced") == MONDAY

@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -19,8 +20,7 @@ from etude import screen
 from etude.config.loading import load_config
 from etude.config.schema import Dataset, normal_label
 from etude.conversation.renderer import Example, Renderer
-from etude.data import dataset, formats, readers
-from etude.data import report as data_report
+from etude.data import dataset, formats, readers, report
 from etude.errors import UserError
 from etude.measure import likelihood, responses
 from etude.model import read_table
@@ -263,12 +263,10 @@ def test_raw_text_beside_what_is_no_answer_stays_raw_text(write, names):
     ("row", "mapping"),
     [
         ({"dialogue": PAIR, "id": 1}, "{messages: dialogue}"),
-        ({"chat": SHAPES["sharegpt"][0]["conversations"]}, "{conversations: chat}"),
-        ({"conversations": PAIR}, "{messages: conversations}"),
-        ({"messages": SHAPES["sharegpt"][0]["conversations"]}, "{conversations: messages}"),
+        ({"chat": SHAPES["sharegpt"][0]["conversations"]}, "{messages: chat}"),
     ],
 )
-def test_turns_in_another_column_or_style_get_the_mapping(write, row, mapping):
+def test_turns_in_another_column_get_the_mapping(write, row, mapping):
     source = write("x.jsonl", [row])
     assert f"dataset.columns: {mapping}" in refusal(source)
     options = load_config(None, overrides=[f"dataset.columns={mapping}"]).dataset
@@ -299,7 +297,7 @@ MEANS = {
     ),
     "tool-role": (
         {"messages": [PAIR[0], {"role": "tool", "content": "4"}, PAIR[1]]},
-        "turn 2: role 'tool' is not one of system, user, assistant; calls of tools",
+        "turn 2: role 'tool' is not one of system, user, assistant, human, gpt; calls of tools",
     ),
     "reasoning": (
         {"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]},
@@ -351,11 +349,13 @@ def test_what_changes_a_rows_meaning_is_refused_by_name(write, row, phrase):
 def test_a_column_that_is_refused_takes_one_line(write):
     rows = [{"prompt": "a", "completion": "b", "score": n, "tools": "f" * n} for n in range(50)]
     message = refusal(write("x.jsonl", rows))
-    assert len(message.splitlines()) == 2
-    assert "x.jsonl:1: the column 'score' is filled" in message and "(50 of 50 rows: " in message
-    assert "x.jsonl:2: the column 'tools'" in message and "(49 of 50 rows: " in message
+    # The first row has no tools; the others have both columns.
+    assert len(message.splitlines()) == 3 and message.startswith("50 rows cannot be used")
+    assert "x.jsonl:1: 'score' is filled" in message
+    assert "x.jsonl:2: 'score' is filled" in message and "; 'tools' is filled" in message
+    assert message.endswith("(49 rows: lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)")
     # Rows without it can be used, but none is without a score.
-    assert "'tools'" not in refusal("x.jsonl", on_bad_row="skip")
+    assert "'score' is filled" in refusal("x.jsonl", on_bad_row="skip")
     table = dataset.read("x.jsonl", Dataset(on_bad_row="skip", ignore=["score"]))
     assert [row.line for row in table.rows] == [1]
 
@@ -415,7 +415,7 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
     row = {"messages" if shape == "messages" else "conversations": turns}
     table = dataset.read(write("x.jsonl", [row]), Dataset())
 
-    [example], report = encode(table, renderer)
+    [example], fates = encode(table, renderer)
 
     whole = renderer.render(TALK)
     assert example.ids == whole.ids and table.unused == {}
@@ -425,7 +425,7 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
         == ends
     )
     lengths = [len(sample_tokenizer(TALK[at]["content"]).input_ids) + 1 for at in learnt]
-    assert sum(example.supervised) == report.supervised == sum(lengths)
+    assert sum(example.supervised) == fates.supervised == sum(lengths)
 
 
 def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tokenizer):
@@ -443,9 +443,9 @@ def test_a_system_prompt_of_the_configuration_shifts_no_weight(write, sample_tok
 def test_a_whole_row_is_left_out_by_its_weight(write, renderer, name, flag, no, yes):
     rows = [{**row, flag: no if row["completion"] == "b" else yes} for row in pairs("a", "b", "c")]
     table = dataset.read(write(name, rows), Dataset())
-    examples, report = encode(table, renderer)
+    examples, fates = encode(table, renderer)
     assert len(examples) == 2 and table.unused == {}
-    [(reason, lines)] = report.dropped.items()
+    [(reason, lines)] = fates.dropped.items()
     assert "no answer to train on" in reason and lines == [3 if name == "x.csv" else 2]
     everything = write("y.jsonl", [{**row, flag: no} for row in rows])
     assert "every row says that it is not to be trained on" in refusal(everything)
@@ -468,15 +468,15 @@ def labelled(*labels):
     ("raw", "labels", "notices"),
     [
         (["bad", "bad ", "good", "\tbad"], ["bad", "good"], [
-            "labels: 'bad ' read as 'bad' in 1 row, first line 2",
-            "labels: '\\tbad' read as 'bad' in 1 row, first line 4",
+            "labels: 'bad ' read as 'bad': line 2",
+            "labels: '\\tbad' read as 'bad': line 4",
         ]),
         (["caf\u00e9", "cafe\u0301", "tea", "cafe\u0301"], ["caf\u00e9", "tea"], [
-            "labels: 'cafe\\u0301' read as 'caf\u00e9' in 2 rows, first line 2",
+            "labels: 'cafe\\u0301' read as 'caf\u00e9': lines 2, 4",
         ]),
         (["very  bad", "very\u00a0bad", "very bad", "good"], ["good", "very bad"], [
-            "labels: 'very  bad' read as 'very bad' in 1 row, first line 1",
-            "labels: 'very\\xa0bad' read as 'very bad' in 1 row, first line 2",
+            "labels: 'very  bad' read as 'very bad': line 1",
+            "labels: 'very\\xa0bad' read as 'very bad': line 2",
         ]),
         (["Bad", "bad", "bad", "good"], ["Bad", "bad", "good"], [
             "labels: 'Bad' (1) and 'bad' (2) differ in case only, and are kept apart",
@@ -527,7 +527,7 @@ def test_no_two_classes_render_the_same(write, sample_tokenizer, raw):
         return
     dataset.check_labels(renderer, table.labels)
     rendered = {
-        renderer.written([TALK[0], {"role": "assistant", "content": label}])
+        tuple(renderer.render([TALK[0], {"role": "assistant", "content": label}]).ids)
         for label in table.labels
     }
     assert len(rendered) == len(table.labels)
@@ -535,13 +535,14 @@ def test_no_two_classes_render_the_same(write, sample_tokenizer, raw):
 
 @pytest.mark.parametrize("where", ["encode", "evaluate"])
 def test_labels_that_render_the_same_are_refused(write, sample_tokenizer, where):
-    joins = sample_tokenizer.chat_template.replace(
-        "message['content']", "message['content'] | replace('_', ' ')"
-    )
-    renderer = Renderer(sample_tokenizer, joins)
-    table = dataset.read(write("x.jsonl", labelled("very_bad", "very bad", "good")), Dataset())
+    from tokenizers import normalizers
+
+    joins = copy.deepcopy(sample_tokenizer)
+    joins.backend_tokenizer.normalizer = normalizers.Lowercase()
+    renderer = Renderer(joins)
+    table = dataset.read(write("x.jsonl", labelled("Bad", "bad", "good")), Dataset())
     prompts = [[{"role": "user", "content": "x"}]]
-    with pytest.raises(UserError, match="'very bad' and 'very_bad' are one to the model"):
+    with pytest.raises(UserError, match="'Bad' and 'bad' are one to the model"):
         if where == "encode":
             encode(table, renderer)
         else:
@@ -562,15 +563,6 @@ def test_classes_give_their_names(write):
     assert [row.label for row in table.rows] == ["neg", "pos"] == table.labels
     plain = write("plain.parquet", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
     assert dataset.read(plain, Dataset()).labels == ["0", "1"]
-    broken = dict(made.to_list()[0], **{"label": 0})
-    import pyarrow
-    import pyarrow.parquet
-
-    for metadata in (b"{", b"[]", b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}'):
-        arrow = pyarrow.Table.from_pylist([broken, {"text": "b", "label": 1}])
-        arrow = arrow.replace_schema_metadata({b"huggingface": metadata})
-        pyarrow.parquet.write_table(arrow, "odd.parquet")
-        assert dataset.read("odd.parquet", Dataset()).labels == ["0", "1"]
 
 
 def test_classes_of_a_hub_data_set_give_their_names(monkeypatch):
@@ -614,12 +606,12 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     assert "dataset.on_bad_row: skip" in message or "tools" in bad
 
     table = dataset.read(source, Dataset(on_bad_row="skip"))
-    examples, report = encode(table, renderer)
+    examples, fates = encode(table, renderer)
 
-    assert len(examples) == len(table.rows) == report.kept == report.rows - 1 == 2 * len(good)
-    [(reason, lines)] = report.dropped.items()
+    assert len(examples) == len(table.rows) == fates.kept == fates.rows - 1 == 2 * len(good)
+    [(reason, lines)] = fates.dropped.items()
     assert reason.startswith("skipped: ") and fault in reason and lines == [line]
-    assert report.notices()[0].startswith(f"train: 1 of {report.rows} rows dropped (skipped: ")
+    assert fates.notices()[0].startswith(f"train: 1 of {fates.rows} rows dropped (skipped: ")
     everything = write("y.jsonl", [bad, bad])
     with pytest.raises(UserError, match=r"y\.jsonl:[12]: "):
         dataset.read(everything, Dataset(on_bad_row="skip", format=table.format))
@@ -649,10 +641,10 @@ def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
     rows = [*pairs(*"abcdefghij"), *({"prompt": n, "completion": "x"} for n in range(25))]
     table = dataset.read(write("x.jsonl", rows), Dataset(on_bad_row="skip"))
     train, validation = dataset.split_rows(table, 0.3, seed=1)
-    _, report = encode(train, renderer)
-    assert report.rows - report.kept == 25 and validation.dropped == {}
-    assert len(report.notices()) == data_report.LINES_SHOWN + 1
-    assert report.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
+    _, fates = encode(train, renderer)
+    assert fates.rows - fates.kept == 25 and validation.dropped == {}
+    assert len(fates.notices()) == report.SHOWN + 1
+    assert fates.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
 
 
 def test_an_evaluation_skips_and_says_so(write, caplog, monkeypatch):
@@ -716,7 +708,7 @@ BROKEN = {
     ),
     "sharegpt": (
         "a.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}\n',
-        "a.jsonl:1: conversations, turn 1: from 'tool' is not one of human, gpt",
+        "a.jsonl:1: conversations, turn 1: from 'tool' is not one of system, user, assistant, human, gpt",
     ),
     "utf8": ("a.jsonl", GOOD.encode() * 2 + b'{"prompt": "\xe9"}\n', "a.jsonl:3: not UTF-8 text (byte 0xe9)"),
     "empty": ("a.jsonl", "", "a.jsonl: no rows in it"),
@@ -741,7 +733,7 @@ BROKEN = {
     "parquet": ("a.parquet", b"PAR1 nonsense", "a.parquet: not a readable parquet file"),
     "format": (
         "a.jsonl", '{"question": "p", "answer": "c"}\n',
-        "a.jsonl:1: no known format has the columns answer, question. Known: messages",
+        "a.jsonl:1: no known format has the columns question, answer. Known: messages",
     ),
     "bool-label": (
         "a.jsonl", '{"text": "p", "label": true}\n',
@@ -806,12 +798,12 @@ def test_files_of_other_programs_are_read(write, name, content, line):
 
 
 ADVISED = {
-    "trailing-comma": ("a.json", '[\n{"text": "a"},\n]', "a.json:3: not valid JSON: a comma before"),
-    "inner-comma": ("a.jsonl", '{"text": "a"}\n{"text": "b",}\n', "a.jsonl:2: not valid JSON: a comma"),
-    "comma-after": ("a.jsonl", '{"text": "a"},\n', "a.jsonl:1: not valid JSON: a comma after the object"),
-    "no-comma": ("a.json", '[{"text": "a"}\n{"text": "b"}]', "a.json:2: not valid JSON: a comma or"),
-    "open-list": ("a.json", '[{"text": "a"},', "a.json:1: not valid JSON: the list does not end"),
-    "two-lists": ("a.jsonl", '[{"text": "a"}]\n[{"text": "b"}]\n', "a.jsonl:2: text after the list"),
+    "trailing-comma": ("a.json", '[\n{"text": "a"},\n]', "a.json:3: not valid JSON: "),
+    "inner-comma": ("a.jsonl", '{"text": "a"}\n{"text": "b",}\n', "a.jsonl:2: not valid JSON: "),
+    "comma-after": ("a.jsonl", '{"text": "a"},\n', "a.jsonl:1: not valid JSON: Extra data at column 14"),
+    "no-comma": ("a.json", '[{"text": "a"}\n{"text": "b"}]', "a.json:2: not valid JSON: Expecting ',"),
+    "open-list": ("a.json", '[{"text": "a"},', "a.json:1: not valid JSON: "),
+    "two-lists": ("a.jsonl", '[{"text": "a"}]\n[{"text": "b"}]\n', "a.jsonl:2: not valid JSON: Extra data at column 1"),
     "one-object": ("a.json", '{"text": "a"}', "write [ and ] around it"),
     "inside": ("a.json", '{"data": [{"text": "a"}], "n": 1}', "save its list 'data' alone"),
     "utf16": ("a.csv", "text,label\na,b\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 a.csv > NEW.csv"),
@@ -830,12 +822,9 @@ def test_files_that_are_not_read_get_the_one_thing_to_do(write, name, content, p
     assert phrase in refusal(write(name, content))
 
 
-def test_long_fields_are_read_and_the_limit_of_csv_stays(write):
-    before = csv.field_size_limit()
+def test_long_fields_are_read(write):
     source = write("a.csv", [{"text": "a " * 100_000, "label": "x"}, {"text": "b", "label": "y"}])
     assert [len(row.text) for row in dataset.read(source, Dataset()).rows] == [200_000, 1]
-    assert "at most 1,000,000 are taken" in refusal(write("b.csv", [{"text": "a" * 1_000_001}]))
-    assert csv.field_size_limit() == before
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -856,7 +845,8 @@ def test_fields_come_back_whatever_separates_them(write, rows, mark, ending, nam
     text.write(f"sep={mark}{ending[0]}" * named)
     writer = csv.writer(text, delimiter=mark, lineterminator=ending[0], quoting=ending[1])
     writer.writerows([("text", "label"), *rows])
-    read, _ = readers.read(write("a.csv", text.getvalue()))
+    read, faults, _ = readers.read(write("a.csv", text.getvalue()))
+    assert not faults
     assert [tuple(values.values()) for _, values in read] == rows
 
 
@@ -870,6 +860,12 @@ def test_unknown_label_by_line(write):
 
 def test_all_faults_are_told_and_long_lists_cut(write):
     message = refusal(write("a.jsonl", GOOD + "{\n" * 25))
+    assert message.startswith("25 rows cannot be used") and len(message.splitlines()) == 2
+    assert (
+        "a.jsonl:2: " in message
+        and "(25 rows: lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)" in message
+    )
+    message = refusal(write("a.jsonl", GOOD + "".join(f"{' ' * n}x\n" for n in range(25))))
     assert message.startswith("25 rows cannot be used")
     assert "a.jsonl:2: " in message and "a.jsonl:11: " in message
     assert "a.jsonl:12: " not in message and "... and 15 more" in message
@@ -922,43 +918,43 @@ def test_report_counts_every_row_with_its_line(write, renderer):
     rows[3]["prompt"], rows[4]["prompt"] = "short", "long " * 60
     table = dataset.read(write("rows.jsonl", rows), Dataset())
 
-    examples, report = encode(table, renderer, max_length=64)
+    examples, fates = encode(table, renderer, max_length=64)
 
-    assert (report.rows, report.kept, len(examples)) == (5, 4, 4)
-    assert (report.duplicates, report.truncated) == ([3], [4])
-    assert report.dropped == {"no supervised token within max_length 64": [5]}
-    assert report.tokens == sum(map(len, examples))
-    assert report.supervised == sum(sum(example.supervised) for example in examples)
-    assert report.longest == 64 == len(examples[3])
+    assert (fates.rows, fates.kept, len(examples)) == (5, 4, 4)
+    assert fates.noted == {report.DUPLICATE: [3], report.TRUNCATED: [4]}
+    assert fates.dropped == {"no supervised token within max_length 64": [5]}
+    assert fates.tokens == sum(map(len, examples))
+    assert fates.supervised == sum(sum(example.supervised) for example in examples)
+    assert fates.longest == 64 == len(examples[3])
     whole = sum(len(renderer.render(row.messages)) for row in table.rows)
-    assert report.lost == whole - report.tokens
-    assert report.notices() == [
+    assert fates.lost == whole - fates.tokens
+    assert fates.notices() == [
         "train: 1 of 5 rows dropped (no supervised token within max_length 64): line 5",
+        "train: 1 of 5 rows duplicates of an earlier row: line 3",
         "train: 1 of 5 rows truncated, end token kept: line 4",
-        "train: 1 of 5 rows the same as an earlier row: line 3",
-        f"train: {report.lost} tokens lost beyond max_length ({report.lost / whole:.1%})",
+        f"train: {fates.lost} tokens lost beyond max_length ({fates.lost / whole:.1%})",
     ]
 
 
 def test_a_clean_set_gives_no_notice(write, renderer):
     table = dataset.read(write("rows.jsonl", pairs("a", "b")), Dataset())
-    _, report = encode(table, renderer)
-    assert report.notices() == [] and (report.rows, report.kept) == (2, 2)
+    _, fates = encode(table, renderer)
+    assert fates.notices() == [] and (fates.rows, fates.kept) == (2, 2)
 
 
 def test_labels_are_counted(write, renderer):
     rows = [{"text": str(n), "label": "odd" if n % 2 else "even"} for n in range(5)]
-    _, report = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
-    assert report.labels == {"even": 3, "odd": 2}
+    _, fates = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
+    assert fates.labels == {"even": 3, "odd": 2}
 
 
 def test_rows_that_the_template_refuses_are_dropped_by_line(write, sample_tokenizer):
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     renderer = Renderer(sample_tokenizer, no_system + sample_tokenizer.chat_template)
     rows = [{"messages": PAIR}, {"messages": MORE}, {"messages": PAIR[:1] + PAIR[:1] + PAIR[1:]}]
-    _, report = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
-    assert report.kept == 2
-    [(reason, lines)] = report.dropped.items()
+    _, fates = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
+    assert fates.kept == 2
+    [(reason, lines)] = fates.dropped.items()
     assert lines == [2] and "no system" in reason
 
 
@@ -972,8 +968,8 @@ def test_no_row_left_is_an_error_with_the_reasons(write, renderer):
 
 def test_drop_mode_drops_what_is_too_long(write, renderer):
     table = dataset.read(write("rows.jsonl", pairs("a", "long " * 60)), Dataset())
-    examples, report = encode(table, renderer, max_length=64, overlength="drop")
-    assert report.dropped == {"longer than max_length 64": [2]} and report.truncated == []
+    examples, fates = encode(table, renderer, max_length=64, overlength="drop")
+    assert fates.dropped == {"longer than max_length 64": [2]} and fates.noted == {}
     assert [example.ids for example in examples] == [renderer.render(table.rows[0].messages).ids]
     assert examples[0].origin == "rows.jsonl:1"
 
@@ -1018,9 +1014,9 @@ def test_truncation_in_real_ids(write, renderer, sample_tokenizer):
     table = dataset.read(write("rows.jsonl", rows), Dataset())
     whole = renderer.render(table.rows[0].messages)
 
-    [cut], report = encode(table, renderer, max_length=len(whole) - 3)
+    [cut], fates = encode(table, renderer, max_length=len(whole) - 3)
 
-    assert report.truncated == [1]
+    assert fates.noted == {report.TRUNCATED: [1]}
     assert cut.ids == [*whole.ids[: len(whole) - 4], renderer.end_of_turn]
     assert cut.supervised == whole.supervised[: len(whole) - 3]
     assert sample_tokenizer.decode(cut.ids).endswith("assistant\none two<|im_end|>")
@@ -1030,10 +1026,10 @@ def test_raw_text_is_cut_before_its_end_token(write, renderer, sample_tokenizer)
     table = dataset.read(
         write("rows.jsonl", [{"text": "one two three four five six seven eight nine"}]), Dataset()
     )
-    [cut], report = encode(table, renderer, max_length=8, overlength="truncate")
+    [cut], fates = encode(table, renderer, max_length=8, overlength="truncate")
     assert sample_tokenizer.decode(cut.ids) == "one two three four five six seven<|im_end|>"
     assert cut.supervised == [False] + [True] * 7
-    assert report.lost == 2 and report.notices()[-1].startswith("train: 2 tokens lost beyond")
+    assert fates.lost == 2 and fates.notices()[-1].startswith("train: 2 tokens lost beyond")
 
 
 # --- raw text longer than max_length ---------------------------------------------------------------
@@ -1064,7 +1060,7 @@ def test_pieces_give_every_token_once(length, most, begins, gap):
 def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
     texts = ["one two three " * 20, "short", "four five " * 9]
     table = dataset.read(write("rows.jsonl", [{"text": text} for text in texts]), Dataset())
-    examples, report = encode(table, renderer, max_length=16)
+    examples, fates = encode(table, renderer, max_length=16)
     for line, text in enumerate(texts, 1):
         parts = [example for example in examples if example.origin == f"rows.jsonl:{line}"]
         whole = renderer.text(text)
@@ -1073,15 +1069,13 @@ def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
         assert sum(sum(part.supervised) for part in parts) == len(whole) - 1
         ends = [renderer.tokenizer.eos_token_id in part.ids for part in parts]
         assert ends == [False] * (len(parts) - 1) + [True]
-    assert (report.rows, report.kept, report.examples) == (3, 3, len(examples))
-    assert (report.lost, report.truncated, report.divided) == (0, [], [1, 3])
-    assert report.notices() == [
-        f"train: 2 of 3 rows split, which makes {len(examples)} examples of all rows: lines 1, 3"
-    ]
+    assert (fates.rows, fates.kept, fates.examples) == (3, 3, len(examples))
+    assert (fates.lost, fates.noted) == (0, {report.DIVIDED: [1, 3]})
+    assert fates.notices() == ["train: 2 of 3 rows split into several examples: lines 1, 3"]
     # Long enough: as it was.
-    [*plain], report = encode(table, renderer, max_length=512)
+    [*plain], fates = encode(table, renderer, max_length=512)
     assert [example.ids for example in plain] == [renderer.text(text).ids for text in texts]
-    assert report.notices() == []
+    assert fates.notices() == []
 
 
 def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model, renderer):
@@ -1119,10 +1113,10 @@ def test_lost_tokens_are_counted(write, renderer, overlength):
     rows = pairs("a", "long " * 60)
     rows[1]["prompt"] = "short"
     table = dataset.read(write("rows.jsonl", rows), Dataset())
-    examples, report = encode(table, renderer, max_length=64, overlength=overlength)
+    examples, fates = encode(table, renderer, max_length=64, overlength=overlength)
     whole = sum(len(renderer.render(row.messages)) for row in table.rows)
-    assert report.lost == whole - sum(map(len, examples)) > 0
-    assert report.notices()[-1].startswith(f"train: {report.lost} tokens lost beyond max_length (")
+    assert fates.lost == whole - sum(map(len, examples)) > 0
+    assert fates.notices()[-1].startswith(f"train: {fates.lost} tokens lost beyond max_length (")
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "classification", "text"])
@@ -1182,24 +1176,24 @@ def test_a_file_formatted_with_control_tokens_asks_what_they_are(write, renderer
     with pytest.raises(UserError, match=r"spells control tokens.*=parse.*=text") as caught:
         encode(table, renderer)
     assert "lines 1, 2" in str(caught.value) or "line 1." in str(caught.value)
-    examples, report = encode(table, renderer, special_tokens="text")
+    examples, fates = encode(table, renderer, special_tokens="text")
     assert all(example.ids.count(1) == 0 for example in examples)
-    assert any("encoded as plain text" in notice for notice in report.notices())
+    assert any("encoded as plain text" in notice for notice in fates.notices())
 
 
 def test_a_small_validation_cut_does_not_ask(write, renderer):
     """Chance puts one of a file's few such rows among the few of the cut."""
     rows = [{"text": "<|im_end|> ends a turn."}, *({"text": f"Row {n}"} for n in range(4))]
     table = dataset.read(write("x.jsonl", rows), Dataset())
-    report = dataset.encode(table, renderer, Dataset(), "validation").report
-    assert report.spelling == [1]
+    fates = dataset.encode(table, renderer, Dataset(), "validation").report
+    assert list(fates.noted.values()) == [[1]]
     with pytest.raises(UserError, match="spells control tokens"):
         dataset.encode(table, renderer, Dataset(), "train")
 
 
 def test_raw_text_beyond_the_window_needs_no_template_to_say_so(write, sample_tokenizer):
     table = dataset.read(write("x.jsonl", [{"text": "word " * 40}]), Dataset())
-    bare = Renderer(sample_tokenizer, "{{ no_such() }}", strict=False)
+    bare = Renderer(sample_tokenizer, "{{ no_such() }}")
     with pytest.raises(UserError, match="too long for the model's window of 16 tokens"):
         dataset.encode(table, bare, Dataset(), "train", window=16)
 
@@ -1208,10 +1202,10 @@ def test_a_text_that_only_mentions_a_control_token_stays_text(write, renderer):
     rows = [{"text": f"Row {n}"} for n in range(20)] + [
         {"text": "ChatML ends turns by <|im_end|>."}
     ]
-    examples, report = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
+    examples, fates = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
     assert examples[-1].ids.count(2) == 1  # the end of the text
-    assert report.notices() == [
-        "train: 1 of 21 rows hold text that spells control tokens (<|im_end|>), encoded as plain "
+    assert fates.notices() == [
+        "train: 1 of 21 rows with text that spells control tokens (<|im_end|>), encoded as plain "
         "text: line 21"
     ]
 
@@ -1220,13 +1214,13 @@ def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
     write, renderer, sample_tokenizer
 ):
     rows = [{"text": CHAT}, {"text": "plain"}]
-    examples, report = encode(
+    examples, fates = encode(
         dataset.read(write("x.jsonl", rows), Dataset()), renderer, special_tokens="parse"
     )
     assert examples[0].ids == sample_tokenizer(CHAT).input_ids
     assert (examples[0].ids.count(1), examples[0].ids.count(2)) == (2, 2)
     assert examples[1] == dataclasses.replace(renderer.text("plain"), origin=examples[1].origin)
-    assert report.notices() == []
+    assert fates.notices() == []
     from test_renderer import sentencepiece
     from tokenizers.processors import TemplateProcessing
 
@@ -1254,10 +1248,10 @@ def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer)
         {"prompt": "c", "completion": "No.<|im_end|>\n"},
         {"prompt": "d", "completion": "fine"},
     ]
-    _, report = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
-    first, second = report.notices()
-    assert "3 of 4 rows hold text that spells control tokens (<|im_end|>, <|im_start|>)" in first
-    assert first.endswith("lines 1, 2, 3") and second.endswith("Remove it from lines 1, 3")
+    _, fates = encode(dataset.read(write("x.jsonl", rows), Dataset()), renderer)
+    first, second = fates.notices()
+    assert "3 of 4 rows with text that spells control tokens (<|im_end|>, <|im_start|>)" in first
+    assert first.endswith("lines 1, 2, 3") and second.endswith("remove it: lines 1, 3")
 
 
 @pytest.mark.parametrize("content", ["ok<|im_end|>", "⟦⟨ <|im_start|> ⟩⟧", "nothing"])
@@ -1402,27 +1396,27 @@ def test_a_cut_is_stratified_and_a_class_of_one_row_stays():
 def test_classes_with_one_row_or_none_are_reported(renderer):
     table = classified(("a", "x"), ("b", "x"), ("c", "y"), ("c", "y"))
     table = dataclasses.replace(table, labels=["w", "x", "y", "z"])
-    report = dataset.encode(table, renderer, Dataset(), "train").report
-    assert report.few == {"w": 0, "y": 1, "z": 0}
-    assert report.notices()[-2:] == [
+    fates = dataset.encode(table, renderer, Dataset(), "train").report
+    assert fates.few == {"w": 0, "y": 1, "z": 0}
+    assert fates.notices()[-2:] == [
         "train: no row to learn the labels 'w', 'z' from",
         "train: a single row to learn the label 'y' from",
     ]
     # A row that is dropped for its length teaches nothing either; a held-out split needs no word.
     long = classified(("a", "x"), ("b", "x"), ("so " * 600, "y"), ("d", "z"), ("e", "z"))
-    report = dataset.encode(long, renderer, Dataset(), "train").report
-    assert "train: no row to learn the label 'y' from" in report.notices()
-    report = dataset.encode(table, renderer, Dataset(), "validation").report
-    assert not any("to learn" in notice for notice in report.notices())
+    fates = dataset.encode(long, renderer, Dataset(), "train").report
+    assert "train: no row to learn the label 'y' from" in fates.notices()
+    fates = dataset.encode(table, renderer, Dataset(), "validation").report
+    assert not any("to learn" in notice for notice in fates.notices())
 
 
 def test_one_text_with_two_labels_is_a_contradiction(renderer):
     table = classified(("a", "x"), ("b", "y"), ("a", "y"), ("a", "x"), ("b", "y"), ("c", "x"))
-    report = dataset.encode(table, renderer, Dataset(), "train").report
-    assert (report.duplicates, report.contradictions) == ([4, 5], [(3, 1)])
+    fates = dataset.encode(table, renderer, Dataset(), "train").report
+    assert (fates.noted, fates.contradictions) == ({report.DUPLICATE: [4, 5]}, [(3, 1)])
     assert (
         "train: 1 of 6 rows have the text of another row and another label: line 3 contradicts "
-        "line 1; one of each pair is wrong" in report.notices()
+        "line 1; one of each pair is wrong" in fates.notices()
     )
     other = classified(("c", "y"), ("new", "x"), ("b", "y"), ("b", "x"))
     assert dataset.overlap(table, other, "test") == (
@@ -1438,7 +1432,7 @@ def test_one_text_with_two_labels_is_a_contradiction(renderer):
         )
         for n, answer in enumerate(["Hello", "Hi there", "Hello"], 1)
     ]
-    assert data_report.repeats(talks) == ([3], [])
+    assert report.repeats(talks) == ([3], [])
 
 
 @pytest.mark.parametrize(("most", "share", "held"), [(50, 0.1, 5), (20, 0.5, 10), (None, 0.1, 40)])
@@ -1544,3 +1538,31 @@ def test_bad_rows_of_one_line_count_each(tmp_path, text):
         dataset.read(str(file), Dataset())
     table = dataset.read(str(file), Dataset(on_bad_row="skip"))
     assert len(table.rows) == 2 and sum(map(len, table.dropped.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text":\nhello\n[1]\n{"text": "b"}\n', [2, 3, 4]),
+        ("a.csv", "text,n\na,1\nb\nc,1,2\nd,1\n", [3, 4]),
+    ],
+)
+def test_lines_that_cannot_be_read_are_skipped_and_counted(write, name, content, lines):
+    source = write(name, content)
+    assert f"{len(lines)} rows cannot be used" in refusal(source)
+    table = dataset.read(source, Dataset(on_bad_row="skip"))
+    assert len(table.rows) == 2
+    assert sorted(line for dropped in table.dropped.values() for line in dropped) == lines
+
+
+def test_turns_of_either_style_are_read_in_either_column(write):
+    shapes = ({"conversations": PAIR}, {"messages": SHAPES["sharegpt"][0]["conversations"]})
+    for row in shapes:
+        table = dataset.read(write("x.jsonl", [row]), Dataset())
+        assert table.rows[0].messages[-2:] == PAIR and table.unused == {}
+
+
+def test_no_column_is_proposed_for_two_fields(write):
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
+    message = refusal(write("x.jsonl", rows), format="classification", columns={"label": "text"})
+    assert "text: text" not in message

@@ -363,7 +363,6 @@ REFUSED = {
     "globals": ("{{ cycler.__init__.__globals__.os.system('id') }}", "unsafe"),
     "include": ("{% include '/etc/passwd' %}", "no loader"),
     "import": ("{% import '/etc/passwd' as x %}", "no loader"),
-    "output": ("{{ 'x' * 5000000 }}", "5,000,"),
     "zero": ("{{ 1 // 0 }}", "division"),
     "syntax": ("{% for %}", "refuses"),
     "parentheses": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "refuses"),
@@ -372,7 +371,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("text", "phrase"), REFUSED.values(), ids=REFUSED)
 def test_templates_do_nothing_but_write(sample_tokenizer, text, phrase):
-    message = refusal(Renderer, sample_tokenizer, text + CHATML)
+    renderer = Renderer(sample_tokenizer, text + CHATML)
+    message = refusal(renderer.prompt, [{"role": "user", "content": "Hi"}])
     assert "cannot be used" in message and phrase in message
 
 

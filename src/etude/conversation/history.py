@@ -1,7 +1,6 @@
 """A conversation as it goes on: what was said, what of it fits the window, and its file."""
 
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +9,6 @@ from pathlib import Path
 from etude.conversation.renderer import Message, Renderer
 from etude.errors import UserError
 from etude.files import read_text, write_text
-
-HALF = re.compile("[\ud800-\udfff]")  # what JSON can spell and no text may hold
 
 
 def fit(
@@ -101,6 +98,7 @@ def load(path: Path) -> Conversation:
     """Read a conversation that `save` wrote, and check its form."""
     try:
         value = json.loads(read_text(path))
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -111,13 +109,9 @@ def load(path: Path) -> Conversation:
             f'{path}: not a saved conversation: an object with "system" (text or null) and '
             '"messages" is expected'
         )
-    if HALF.search(value.get("system") or ""):
-        raise UserError(f"{path}: system: it holds half a character; rewrite it")
     for number, message in enumerate(messages, 1):
         role = "user" if number % 2 else "assistant"
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or message != {"role": role, "content": content}:
             raise UserError(f'{path}: message {number}: role "{role}" with a content is expected')
-        if HALF.search(content):
-            raise UserError(f"{path}: message {number}: it holds half a character; rewrite it")
     return Conversation(value.get("system"), messages)

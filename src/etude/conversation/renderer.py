@@ -14,6 +14,7 @@ mark before a text, and not before its later stretches. A stretch is also cut wh
 begins, because there the model starts to write and no token may straddle the two.
 """
 
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -29,12 +30,7 @@ from etude.errors import UserError, first_line
 
 ROLES = ("system", "user", "assistant")
 UNTRAINED = -1  # in place of where an answer's content ends
-SPACE = (  # what Rust's tokenizers strip; Python's strip() takes four control characters besides
-    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000"
-)
 REMEMBERED = 64  # characters of a text whose ids are kept
-OUTPUT_LIMIT = 10**6  # characters that a template may write beside the messages
 
 
 class Message(TypedDict):
@@ -110,24 +106,21 @@ class Renderer:
         tokenizer: Any,
         template: str | None = None,
         system_prompt: str | None = None,
-        strict: bool = True,
         date: datetime.date | None = None,
     ) -> None:
-        """Take the tokenizer's own template unless one is given; prove it on a small conversation.
+        """Take the tokenizer's own template unless one is given; check it on a small conversation.
 
-        Without any template there is still raw text (`text`); with `strict` false also where the
-        proof fails, and then the first conversation raises the error.
-
-        Raises:
-            UserError: a template whose ids cannot be reproduced or masked.
+        Raw text (`text`) needs no template, so one that is missing, or whose ids cannot be
+        reproduced or masked, is an error of the first conversation.
         """
         self.tokenizer = tokenizer
-        self.template = template or _own_template(tokenizer)
+        if template is None:
+            with contextlib.suppress(ValueError):  # it has none
+                template = str(tokenizer.get_chat_template())
+        self.template = template
         self.system_prompt = system_prompt
-        self.date = date if "strftime_now" in (self.template or "") else None
-        self._jinja = self.template
-        if self.template and self.date:
-            self._jinja = _dated(self.template, self.date)
+        self.date = date if "strftime_now" in (template or "") else None
+        self._jinja = _dated(template, self.date) if template and self.date else template
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = {token.content: index for index, token in special.items()}
         # Some take the white space before or after them in.
@@ -144,16 +137,20 @@ class Renderer:
         self._closing = ""
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self._fault: UserError | None = None  # why no conversation can be rendered
-        if self.template is not None:
+        if template is None:
+            self._fault = UserError(
+                "The tokenizer of this model has no chat template, so conversations cannot be "
+                "rendered. Take an instruct model, or give the template: "
+                "model.chat_template: FILE.jinja"
+            )
+        else:
             try:
-                self._prove()
+                self._check()
             except UserError as error:
-                if strict:
-                    raise
                 self._fault = error
         self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id} - {None})
 
-    def _prove(self) -> None:
+    def _check(self) -> None:
         """Render a small conversation, compare it with the tokenizer's own way, note its end token."""
         probe: list[Message] = [
             {"role": "user", "content": "One, two?"},
@@ -162,7 +159,7 @@ class Renderer:
             {"role": "assistant", "content": "Five, six."},
         ]
         try:
-            example = self.render(probe)
+            example, prompt = self.render(probe), self.prompt(probe[:-1])
         except RenderError as error:
             raise UserError(
                 f"The chat template cannot be used for training: {error}. Give another: "
@@ -180,20 +177,13 @@ class Renderer:
         self._probe_ids = example.ids
         last = max(index for index, counts in enumerate(example.supervised) if counts)
         self.end_of_turn = example.ids[last]
-        self._note_surroundings(tuple(m["role"] for m in self._with_system(probe)), example)
-
-    def _note_surroundings(self, roles: tuple[str, ...], example: Example) -> None:
-        """Keep what the template writes between the generation prompt, an answer and its end token."""
-        *_, before, after = self._frame(roles, False)
-        opening = before.removeprefix(self._frame(roles[:-1], True)[-1])
-        controls = list(self._control_pattern.finditer(opening))
-        backwards = example.supervised[::-1]
-        ids = example.ids[-backwards.index(False, backwards.index(True)) :]
-        marks = [at for at, token in enumerate(ids, 1) if token in self._control.values()]
-        if controls:
-            opening = opening[controls[-1].end() :]
-        self._opening = (ids[: marks[len(controls) - 1]] if controls else [], opening.strip())
-        self._closing = self._control_pattern.split(after, maxsplit=1)[0].strip()
+        answer = example.ids[len(prompt) : last]
+        controls = [at for at, token in enumerate(answer, 1) if token in self._control.values()]
+        head = answer[: max(controls, default=0)]
+        written = str(self.tokenizer.decode(answer[len(head) :], skip_special_tokens=True))
+        tail, found, closing = written.partition(probe[-1]["content"])
+        if found:
+            self._opening, self._closing = (head, tail.strip()), closing.strip()
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """The text of a response, without what the template itself writes around an answer.
@@ -244,8 +234,7 @@ class Renderer:
                 if start is None or spans[index][0] < start:
                     raise RenderError(
                         f"message {index + 1}: the template writes the prompt before this answer "
-                        "in another way "
-                        "than it does in a chat"
+                        "in another way than it does in a chat"
                     )
                 counts = index - added not in untrained
                 starts[start] = spans[index][1] if counts else UNTRAINED
@@ -267,10 +256,6 @@ class Renderer:
             and (start := self._answer_start(messages, index, text, spans)) is not None
         }
         return self._encode(text, spans, starts).ids
-
-    def written(self, messages: Sequence[Message]) -> str:
-        """What the template makes of a conversation, as text."""
-        return self._apply(self._with_system(messages))
 
     def spelled(self, text: str) -> set[str]:
         """The control tokens that a text spells."""
@@ -323,8 +308,7 @@ class Renderer:
             )
             raise UserError(
                 f"{where}: the chat format differs from the one that this adapter was trained with "
-                f"({shown}). "
-                "Use the same base and tokenizer as in training, or train again"
+                f"({shown}). Use the same base and tokenizer as in training, or train again"
             )
 
     # --- inside ------------------------------------------------------------------------------
@@ -335,16 +319,10 @@ class Renderer:
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        if self.template is None:
-            raise UserError(
-                "The tokenizer of this model has no chat template, so conversations cannot be "
-                "rendered. Take an instruct model, or give the template: "
-                "model.chat_template: FILE.jinja"
-            )
         if self._fault:
             raise self._fault
         try:
-            text = str(
+            return str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self._jinja,
@@ -357,13 +335,6 @@ class Renderer:
             raise RenderError(
                 f"the template refuses the roles ({roles}): {first_line(error):.300}"
             ) from None
-        written = len(text) - sum(len(message["content"]) for message in messages)
-        if written > OUTPUT_LIMIT:
-            raise RenderError(
-                f"the template writes {written:,} characters beside the messages, and at most "
-                f"{OUTPUT_LIMIT:,} are taken"
-            )
-        return text
 
     def _frame_uncached(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
         """The template's own text before, between and after the messages' contents."""
@@ -397,59 +368,34 @@ class Renderer:
         for message in messages:
             if message["role"] not in ROLES:
                 raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        roles = tuple(message["role"] for message in messages)
-        spans = self._fits(self._frame(roles, generation_prompt), messages, text, generation_prompt)
-        if spans is not None:
-            return spans
-        raise RenderError(
-            "the template alters the text of a message, so it cannot be told from the template's "
-            "own"
-        )
-
-    @staticmethod
-    def _fits(
-        frame: list[str], messages: Sequence[Message], text: str, history: bool
-    ) -> list[tuple[int, int]] | None:
-        position = len(frame[0])
-        if not text.startswith(frame[0]):
-            return None
-        spans = []
+        frame = self._frame(tuple(message["role"] for message in messages), generation_prompt)
+        spans: list[tuple[int, int]] = []
+        position = len(frame[0]) if text.startswith(frame[0]) else len(text) + 1
         for message, after in zip(messages, frame[1:], strict=True):
             content = message["content"]
             forms: Iterable[str] = (content, content.strip(), content.lstrip(), content.rstrip())
-            if history and message["role"] == "assistant":
+            if generation_prompt and message["role"] == "assistant":
                 forms = itertools.chain(forms, _endings(content.rstrip(), text, position))
-            for form in forms:
-                if text.startswith(form + after, position):
-                    spans.append((position, position + len(form)))
-                    position += len(form) + len(after)
-                    break
-            else:
-                return None
-        return spans if position == len(text) else None
+            form = next((form for form in forms if text.startswith(form + after, position)), None)
+            if form is None:
+                break
+            spans.append((position, position + len(form)))
+            position += len(form) + len(after)
+        if position != len(text) or len(spans) != len(messages):
+            raise RenderError(
+                "the template alters the text of a message, so it cannot be told from the "
+                "template's own"
+            )
+        return spans
 
     def _answer_start(
         self, messages: Sequence[Message], index: int, text: str, spans: list[tuple[int, int]]
     ) -> int | None:
         """Where in `text` the prompt of the answer `messages[index]` ends; None if `text` begins otherwise."""
-        before = messages[:index]
-        # A prompt that is rendered must fit its frame (`_content_spans`), and contents that no
-        # strip changes fit it in one way only: so this is the prompt, at a tenth of the price.
-        if all(message["content"] == message["content"].strip() for message in before):
-            try:
-                frame = self._frame(tuple(message["role"] for message in before), True)
-            except RenderError:
-                pass
-            else:
-                position = len(frame[0])
-                if text.startswith(frame[0]):
-                    for (begin, end), after in zip(spans[:index], frame[1:], strict=True):
-                        if begin != position or not text.startswith(after, end):
-                            break
-                        position = end + len(after)
-                    else:
-                        return position
-        prompt = self._apply(before, generation_prompt=True)
+        roles = tuple(message["role"] for message in messages[:index])
+        begin, *after = self._frame(roles, True)
+        contents = (text[start:end] for start, end in spans[:index])
+        prompt = begin + "".join(map("".join, zip(contents, after, strict=True)))
         return len(prompt) if text.startswith(prompt) else None
 
     def _control_tokens(
@@ -466,9 +412,9 @@ class Renderer:
                 left, right = self._strips[match[0]]
                 start, stop = match.span()
                 if left:
-                    start = len(text[:start].rstrip(SPACE))
+                    start = len(text[:start].rstrip())
                 if right:
-                    stop = len(text) - len(text[stop:].lstrip(SPACE))
+                    stop = len(text) - len(text[stop:].lstrip())
                 found.append((start, stop, self._control[match[0]]))
             position = end
         return found
@@ -517,14 +463,12 @@ class Renderer:
         self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self._backend is not None and self._ids(probe) != expected:
             self._backend = None
-        plain, guarded = _remembering(self._ids), _remembering(self._guarded)
-        self._begins = plain
-        alone = self._ids("a")
-        divisible = self._ids("\na") == [*self._ids("\n"), *alone]
-        self._continues = plain if divisible else guarded
-        end = self.tokenizer.eos_token or ""
+        self._begins = _remembering(self._ids)
+        self._continues = _remembering(self._guarded)
+        # After a control token, some begin anew: SentencePiece with its mark, others as anywhere.
+        end, alone = self.tokenizer.eos_token or "", self._ids("a")
         after = self.tokenizer(f"{end}a", add_special_tokens=False, verbose=False).input_ids
-        self._follows = plain if divisible or after[-len(alone) :] == alone else guarded
+        self._follows = self._begins if after[-len(alone) :] == alone else self._continues
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text by itself."""
@@ -556,13 +500,6 @@ def _remembering(encode: Callable[[str], list[int]]) -> Callable[[str], list[int
     return lambda text: remembered(text) if len(text) <= REMEMBERED else encode(text)
 
 
-def _own_template(tokenizer: Any) -> str | None:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:  # it has none
-        return None
-
-
 def _endings(content: str, text: str, position: int) -> Iterator[str]:
     """The proper endings of `content` that are in `text` at `position`, the longest first."""
     for start in range(1, len(content) + 1):
@@ -572,15 +509,6 @@ def _endings(content: str, text: str, position: int) -> Iterator[str]:
 
 
 def _dated(template: str, date: datetime.date) -> str:
-    """`template` with its `strftime_now` writing `date`, at midnight, in place of the clock.
-
-    transformers passes no functions from outside into a template, so this is a macro before it. Its
-    line ends with a newline that Jinja takes off (trim_blocks).
-    """
-    codes = sorted(set(re.findall(r"%-?[A-Za-z]", template)))
-    moment = datetime.datetime.combine(date, datetime.time())
-    written = "format | replace('%%', '\ue002')" + "".join(
-        f" | replace({code!r}, {json.dumps(moment.strftime(code))})" for code in codes
-    )
-    body = f"{{{{- {written} | replace('\ue002', '%') -}}}}"
-    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"
+    """`template` with `date` written in place of each call of `strftime_now`."""
+    call = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
+    return re.sub(call, lambda found: json.dumps(date.strftime(found[2])), template)

@@ -1,6 +1,7 @@
 """Rows to examples: reading, splits, encoding, length."""
 
 import contextlib
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -10,21 +11,15 @@ from typing import Any
 
 from etude.config.schema import Dataset
 from etude.conversation.renderer import Example, Message, Renderer, RenderError
-from etude.data import formats, readers
+from etude.data import formats, readers, report
 from etude.data.formats import FORMATS, Row, filled
-from etude.data.report import (
-    LINES_SHOWN,
-    Report,
-    contradicting,
-    dropped_rows,
-    lines_of,
-    listed,
-    repeats,
-)
+from etude.data.report import Report, lines_of, listed
 from etude.errors import UserError
 
 # Where raw text is about such tokens, few rows hold them; in a formatted file all or most do.
 FREQUENT = 0.1
+MANY = 50  # labels, each about four tokens of every prompt
+UNTRAINED = "weight 0 or train false: no answer to train on"
 
 
 @dataclass(frozen=True)
@@ -49,11 +44,14 @@ class Table:
     notices: list[str] = field(default_factory=list)
     drawn: str = ""
 
+    @property
+    def rows_read(self) -> int:
+        """How many rows the source has, the dropped ones too."""
+        return len(self.rows) + sum(map(len, self.dropped.values()))
+
     def drops(self, split: str) -> list[str]:
         """Sentences about the rows that were dropped in reading."""
-        return dropped_rows(
-            split, self.dropped, len(self.rows) + sum(map(len, self.dropped.values()))
-        )
+        return report.drops(split, self.dropped, self.rows_read)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,9 @@ class Split:
     report: Report
 
 
+# --- rows ----------------------------------------------------------------------------------------
+
+
 def read_splits(settings: Dataset, seed: int) -> tuple[dict[str, Table], list[str]]:
     """The training and, if any, validation rows, and notices about what was found in reading them.
 
@@ -73,45 +74,36 @@ def read_splits(settings: Dataset, seed: int) -> tuple[dict[str, Table], list[st
     Raises:
         UserError: data that cannot be used.
     """
-    notices: list[str] = []
     # Drawn before the validation is cut off, so that both shrink alike.
-    table = sample(read(settings.train, settings), settings.max_rows, seed)
-    labelled = settings.model_copy(update={"labels": table.labels})
-    others = {
-        name: read(source, labelled)
-        for name, source in (("validation", settings.validation), ("test", settings.test))
-        if source
-    }
-    for name, other in others.items():
-        if other.format != table.format:
+    train = sample(read(settings.train, settings), settings.max_rows, seed)
+    labelled = settings.model_copy(update={"labels": train.labels})
+    tables = {"train": train}
+    notices: list[str] = []
+    for name, source in (("validation", settings.validation), ("test", settings.test)):
+        if source is None:
+            continue
+        tables[name] = table = read(source, labelled)
+        if table.format != train.format:
             raise UserError(
-                f"dataset.{name}: {other.source} has format {other.format}, and {table.source} "
-                f"{table.format}; all splits must have one"
+                f"dataset.{name}: {source} has format {table.format}, and {train.source} "
+                f"{train.format}; all splits must have one"
             )
-        if shared := overlap(table, other, name):
+        if shared := overlap(train, table, name):
             notices.append(shared)
-    validation = others.get("validation")
-    if validation:
-        tables = {"train": table, "validation": validation}
-    else:
-        train_part, cut = split_rows(table, settings.validation_split, seed)
-        tables = {"train": train_part} | ({"validation": cut} if cut else {})
-    if settings.validation_split and "validation" not in tables:
-        notices.append("no validation: there are too few different rows to cut one from train")
-    for name, each in (("train", table), *others.items()):
+    for name, table in tables.items():
         # The dropped rows of the other splits are in their reports.
-        drops = each.drops(name) if name == "test" else []
-        notices += [
-            f"{name}: {notice.removeprefix(f'{name}: ')}" for notice in each.notices + drops
-        ]
-    # As read: what is cut from train has the columns of all its rows.
-    for name, used in (("train", table), ("validation", validation)):
-        if used and used.unused:
-            unused = ", ".join(
-                f"{column or '(no name)'} ({n:,})" for column, n in used.unused.items()
-            )
-            notices.append(f"{name}: unused columns: {unused}")
-    return tables, notices
+        notices += [f"{name}: {notice}" for notice in table.notices]
+        notices += table.drops(name) if name == "test" else []
+        if table.unused and name != "test":
+            unused = [f"{column or '(no name)'} ({n:,})" for column, n in table.unused.items()]
+            notices.append(f"{name}: unused columns: {', '.join(unused)}")
+    if "validation" not in tables:
+        tables["train"], cut = split_rows(train, settings.validation_split, seed)
+        if cut:
+            tables["validation"] = cut
+        elif settings.validation_split:
+            notices.append("no validation: there are too few different rows to cut one from train")
+    return {name: tables[name] for name in ("train", "validation") if name in tables}, notices
 
 
 def read(source: str, settings: Dataset) -> Table:
@@ -121,72 +113,82 @@ def read(source: str, settings: Dataset) -> Table:
         UserError: no such source, columns of no known format, or rows that cannot be used (all of
             them, by line), unless `dataset.on_bad_row` is skip and others are left.
     """
-    raw, fingerprint = readers.read(source)
-    if settings.ignore:
-        raw = [(line, formats.without(values, settings.ignore)) for line, values in raw]
-    found = formats.assign(source, raw, settings)
-    form = found.format
+    raw, unreadable, fingerprint = readers.read(source)
+    faults: defaultdict[str, list[int]] = defaultdict(list)
+    for line, fault in unreadable:
+        faults[fault].append(line)
+    stop = settings.on_bad_row == "stop"
+    skip = "dataset.on_bad_row: skip goes on without them"
+    if faults and (stop or not raw):
+        raise report.unusable(source, faults, skip if raw else "no other row is left")
+    columns = formats.assign(source, raw, settings)
+    form = columns.format
     if settings.overlength == "split" and form != "text":
         raise UserError(
             f"{source}: dataset.overlength: split is for raw text, and the format is {form}; set "
             "truncate or drop"
         )
-    _refuse_columns(source, found, raw, all_rows=settings.on_bad_row == "skip")
     rows: list[Row] = []
-    faults: list[tuple[int, str]] = []
-    dropped: defaultdict[str, list[int]] = defaultdict(list)
+    untrained: list[int] = []
     unused: Counter[str] = Counter()
-    spelled: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    joined: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     raw.reverse()
     while raw:  # each is freed when it was converted
         line, values = raw.pop()
+        without_use = [name for name in columns.unused if filled(values.get(name))]
         try:
-            row, keep = _row(line, values, found, settings)
+            row = _row(line, values, columns, settings, without_use)
         except ValueError as error:
-            faults.append((line, str(error)))
+            faults[str(error)].append(line)
             continue
-        if row.label is not None and row.label != str(values[found.own["label"]]):
-            spelled[str(values[found.own["label"]]), row.label].append(line)
-        if not keep or (row.messages and row.answer < 0):
-            dropped["weight 0 or train false: no answer to train on"].append(line)
+        if row is None:
+            untrained.append(line)
             continue
         rows.append(row)
-        unused.update(name for name in found.unused if filled(values.get(name)))
-        if form in formats.TURN_KEYS:
-            unused.update(
-                formats.unused_keys(values[found.own[FORMATS[form][0]]], *formats.TURN_KEYS[form])
-            )
-    if settings.on_bad_row == "stop" or not rows:
-        readers.raise_faults(
-            [f"{source}:{line}: {fault}" for line, fault in faults],
-            f"the format is {form}; see dataset.format and dataset.columns"
-            + ("; dataset.on_bad_row: skip goes on without them" if rows else ""),
-        )
-    for line, fault in faults:
-        dropped[f"skipped: {fault}"].append(line)
+        unused.update(without_use)
+        if row.label is not None:
+            given = str(values[columns.fields["label"]])
+            if given != row.label:
+                joined[given, row.label].append(line)
+    if faults and (stop or not rows):
+        advice = f"the format is {form}; see dataset.format and dataset.columns"
+        raise report.unusable(source, faults, advice + f"; {skip}" * bool(rows))
+    dropped = {UNTRAINED: untrained} if untrained else {}
+    dropped |= {f"skipped: {fault}": lines for fault, lines in faults.items()}
     if not rows:
         raise UserError(
             f"{source}: every row says that it is not to be trained on (weight 0 or train false); "
             "give rows to learn from"
         )
-    labels: list[str] | None = None
-    notices: list[str] = []
+    labels, notices = None, list[str]()
     if form == "classification":
-        labels, notices = _labels(source, rows, spelled, settings)
-    return Table(source, form, rows, fingerprint, labels, dict(unused), dict(dropped), notices)
+        labels, notices = _labels(source, rows, joined, settings)
+    return Table(source, form, rows, fingerprint, labels, dict(unused), dropped, notices)
 
 
 def _row(
-    line: int, values: dict[str, Any], found: formats.Columns, settings: Dataset
-) -> tuple[Row, bool]:
-    """One row in the common form, and whether it is trained on; ValueError says what is wrong with it."""
-    for column, why in found.refused.items():
-        if filled(values.get(column)):
-            raise ValueError(formats.refusal(column, why))
-    fields = {name: values.get(column) for name, column in found.own.items()}
+    line: int,
+    values: dict[str, Any],
+    columns: formats.Columns,
+    settings: Dataset,
+    unused: list[str],
+) -> Row | None:
+    """The row in the common form; None for one that says that it is not trained on.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    refused = [
+        formats.refusal(name, why)
+        for name, why in columns.refused.items()
+        if filled(values.get(name))
+    ]
+    if refused:
+        raise ValueError("; ".join(refused))
+    fields = {name: values.get(column) for name, column in columns.fields.items()}
     missing = [
         settings.columns.get(name, name)
-        for name in FORMATS[found.format]
+        for name in FORMATS[columns.format]
         if fields[name] is None or fields[name] != fields[name]
     ]
     if missing:
@@ -194,12 +196,118 @@ def _row(
             f"no {' and no '.join(map(repr, missing))}; it has: "
             f"{', '.join(map(str, values)) or 'nothing'}"
         )
-    flags = {name: values.get(column) for column, name in found.flags.items()}
-    keep = not flags or formats.trained(flags, formats.ROW_FLAGS)
-    row = formats.CONVERT[found.format](line, fields)
-    if row.label is not None:
-        _check_label(row.label, settings.labels)
-    return row, keep
+    trained = formats.trained({name: fields.get(name) for name in formats.ROW_FLAGS})
+    row = formats.row_of(columns.format, line, fields, settings.ignore, unused)
+    if row.label is not None and settings.labels and row.label not in settings.labels:
+        near = [known for known in settings.labels if known.casefold() == row.label.casefold()]
+        raise ValueError(
+            f"label {row.label!r} is not one of {', '.join(settings.labels)}"
+            + (f"; {near[0]!r} differs in case only" if near else "")
+            + "; fix the row or dataset.labels"
+        )
+    return row if trained and (row.answer >= 0 or not row.messages) else None
+
+
+def _labels(
+    source: str,
+    rows: Sequence[Row],
+    joined: Mapping[tuple[str, str], Sequence[int]],
+    settings: Dataset,
+) -> tuple[list[str], list[str]]:
+    """The labels, and sentences about those that were joined or differ in case only."""
+    counts = Counter(str(row.label) for row in rows)
+    labels = settings.labels or sorted(counts)
+    if len(labels) < 2:
+        raise UserError(
+            f"{source}: only one label ({labels[0]}); a classification needs at least two"
+        )
+    notices = [
+        # Accents that are composed otherwise look the same.
+        f"labels: {given!a} read as {label!r}: {lines_of(lines)}"
+        for (given, label), lines in joined.items()
+    ]
+    alike = defaultdict(list)
+    for label in labels:
+        alike[label.casefold()].append(f"{label!r} ({counts[label]:,})")
+    notices += [
+        f"labels: {' and '.join(same)} differ in case only, and are kept apart"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+    more = len(notices) - report.SHOWN
+    rest = [f"labels: ... and {more} more such notices"]
+    return labels, notices[: report.SHOWN] + rest * (more > 0)
+
+
+def sample(table: Table, max_rows: int | None, seed: int) -> Table:
+    """At most `max_rows` rows, drawn by `seed`, in their order."""
+    if max_rows is None or max_rows >= len(table.rows):
+        return table
+    kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
+    drawn = f"{max_rows:,} of {len(table.rows):,} rows"
+    return replace(table, rows=[table.rows[at] for at in kept], drawn=drawn)
+
+
+def overlap(train: Table, other: Table, name: str) -> str | None:
+    """A sentence about rows of `other` that are in `train` too, or contradict it, or None."""
+    lines, contradictions = report.repeats(other.rows, train.rows)
+    rows = len(other.rows)
+    shared = (
+        f"{name}: {len(lines)} of {rows} rows are in train too, so its figures flatter: "
+        f"{lines_of(lines)}"
+    )
+    found = report.contradicting(name, rows, contradictions, " train's")
+    return "; ".join([shared] * bool(lines) + found) or None
+
+
+def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | None]:
+    """Cut a share of the rows off for validation, drawn by `seed`; the same rows stay together.
+
+    Every class of a classification gives its share, and keeps a row to train on.
+    """
+    classes: dict[str, set[str]] = {}
+    for row in table.rows:
+        classes.setdefault(row.key, set()).add(str(row.label))
+    # Few rows still get a validation of one, as long as one is left to train on.
+    count = min(max(1, round(len(classes) * share)), len(classes) - 1) if share else 0
+    draw = random.Random(seed)
+    held = (
+        _stratified(classes, count, draw) if table.labels else set(draw.sample([*classes], count))
+    )
+    if not held:
+        return table, None
+
+    def part(chosen: bool) -> Table:
+        rows = [row for row in table.rows if (row.key in held) == chosen]
+        # What was dropped in reading counts once: with the rows to train on.
+        return replace(table, rows=rows, dropped={} if chosen else table.dropped)
+
+    return part(False), part(True)
+
+
+def _stratified(classes: Mapping[str, set[str]], count: int, draw: random.Random) -> set[str]:
+    """At most `count` keys of `classes`, each class's share of them, and never the last of a class."""
+    total = Counter(label for labels in classes.values() for label in labels)
+    left, share = total.copy(), count / len(classes)
+    order = draw.sample([*classes], len(classes))
+    held: set[str] = set()
+    # First the whole part of every class's share, then what rounding left over.
+    for rounded in (math.floor, math.ceil):
+        for key in order:
+            if (
+                key not in held
+                and len(held) < count
+                and all(
+                    left[label] > max(1, total[label] - rounded(total[label] * share))
+                    for label in classes[key]
+                )
+            ):
+                held.add(key)
+                left.subtract(classes[key])
+    return held
+
+
+# --- examples ------------------------------------------------------------------------------------
 
 
 def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Message]:
@@ -210,29 +318,6 @@ def instruct(text: str, labels: Sequence[str], settings: Dataset) -> list[Messag
     return [{"role": "user", "content": content}]
 
 
-def check_labels(renderer: Renderer, labels: Sequence[str]) -> None:
-    """Raise UserError where the template or the tokenizer makes two labels one."""
-    seen: dict[str | tuple[int, ...], str] = {}
-    for label in labels:
-        messages: list[Message] = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": label},
-        ]
-        forms: list[str | tuple[int, ...]] = []
-        # Encoding a row says why the template refuses it.
-        with contextlib.suppress(RenderError):
-            forms.append(renderer.written(messages))
-            forms.append(tuple(renderer.render(messages).ids))
-        for form in forms:
-            if form in seen:
-                raise UserError(
-                    f"the labels {seen[form]!r} and {label!r} are one to the model, whose template "
-                    "or tokenizer writes them alike, so the first would always win. Rename one in "
-                    "the rows, or give another template: model.chat_template: FILE.jinja"
-                )
-        seen.update(dict.fromkeys(forms, label))
-
-
 def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> list[Message]:
     """The row as messages with the answer last; for classification the label is the answer."""
     if row.label is None or labels is None:
@@ -240,10 +325,28 @@ def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> l
     return [*instruct(row.text, labels, settings), {"role": "assistant", "content": row.label}]
 
 
+def check_labels(renderer: Renderer, labels: Sequence[str]) -> None:
+    """Raise UserError where the tokenizer makes two labels one."""
+    seen: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        with contextlib.suppress(RenderError):  # encoding a row says why the template refuses it
+            pair: list[Message] = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": label},
+            ]
+            other = seen.setdefault(tuple(renderer.render(pair).ids), label)
+            if other != label:
+                raise UserError(
+                    f"the labels {other!r} and {label!r} are one to the model, whose template or "
+                    "tokenizer writes them alike, so the first would always win. Rename one in the "
+                    "rows, or give another template: model.chat_template: FILE.jinja"
+                )
+
+
 def beyond_window(rows: Sequence[tuple[str, int]], window: int, advice: str) -> UserError:
     """What to say of `rows`, by ``file:line`` and tokens, that are too long for a model's window."""
-    named = [f"{origin}: {tokens:,} tokens" for origin, tokens in rows[:LINES_SHOWN]]
-    more = len(rows) - LINES_SHOWN
+    named = [f"{origin}: {tokens:,} tokens" for origin, tokens in rows[: report.SHOWN]]
+    more = len(rows) - report.SHOWN
     return UserError(
         f"{len(rows):,} row{'s' * (len(rows) > 1)} too long for the model's window of {window:,} "
         "tokens, beyond which it fails or writes noise:\n  "
@@ -252,20 +355,18 @@ def beyond_window(rows: Sequence[tuple[str, int]], window: int, advice: str) -> 
     )
 
 
-def room_of_labels(renderer: Renderer, labels: Sequence[str], settings: Dataset, most: int) -> str:
-    """A sentence about labels that fill a good part of `most` tokens in every prompt; else empty."""
-    if not labels:
+def many_labels(labels: Sequence[str] | None) -> str:
+    """A sentence about labels that take much room in every prompt; else empty."""
+    if not labels or len(labels) <= MANY:
         return ""
-    with contextlib.suppress(RenderError):
-        with_all, with_one = (
-            len(renderer.prompt(instruct("?", some, settings))) for some in (labels, labels[:1])
-        )
-        if with_all - with_one > most / 4:
-            return (
-                f" The {len(labels):,} labels take {with_all - with_one:,} tokens of every prompt: "
-                "name fewer or shorter ones."
-            )
-    return ""
+    return f" Every prompt names all {len(labels):,} labels: name fewer or shorter ones."
+
+
+def encode_splits(
+    tables: Mapping[str, Table], renderer: Renderer, settings: Dataset, window: int | None = None
+) -> dict[str, Split]:
+    """Every table as `encode` makes it a split, by its name."""
+    return {name: encode(table, renderer, settings, name, window) for name, table in tables.items()}
 
 
 def encode(
@@ -281,9 +382,8 @@ def encode(
         UserError: no row is left, rows beyond the model's `window`, or two labels that the model would
             see as one.
     """
-    dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
-    rows = len(table.rows) + sum(map(len, dropped.values()))
-    report = Report(split, table.source, table.format, rows, drawn=table.drawn, dropped=dropped)
+    fates = Report(split, table.source, table.format, table.rows_read, table.drawn)
+    fates.dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
     if table.labels:
         check_labels(renderer, table.labels)
     parse = settings.special_tokens == "parse"
@@ -293,132 +393,117 @@ def encode(
             f"{table.format}, whose control tokens the chat template writes. Set it to text"
         )
     if not parse:
-        find_spelled(table, renderer, settings, report)
-    report.duplicates, report.contradictions = repeats(table.rows)
+        _note_spelled(table, renderer, settings, fates)
+    duplicates, fates.contradictions = report.repeats(table.rows)
+    fates.note(report.DUPLICATE, duplicates)
     examples: list[Example] = []
     different: set[tuple[str, str]] = set()
     for row in table.rows:
         messages = conversation(row, table.labels, settings)
         try:
-            example = (
+            whole = (
                 renderer.render(messages, row.untrained)
                 if messages
                 else renderer.text(row.text, parse)
             )
         except RenderError as error:
-            report.drop(str(error), row.line)
+            fates.drop(str(error), row.line)
             continue
-        parts = _fitted(example, row.line, settings, renderer.tokenizer.bos_token_id, report)
-        if not parts:
-            continue
+        parts = _fitted(whole, row.line, settings, renderer.tokenizer.bos_token_id, fates)
         for number, part in enumerate(parts):
             part.origin, part.part = f"{table.source}:{row.line}", number
-            examples.append(part)
-            report.tokens += len(part)
-            report.supervised += part.targets
-            report.longest = max(report.longest, len(part))
-        report.kept += 1
-        report.examples += len(parts)
-        if row.label is not None:
-            report.labels[row.label] = report.labels.get(row.label, 0) + 1
+            fates.tokens += len(part)
+            fates.supervised += part.targets
+            fates.longest = max(fates.longest, len(part))
+        examples += parts
+        fates.kept += bool(parts)
+        if row.label is not None and parts:
+            fates.labels[row.label] = fates.labels.get(row.label, 0) + 1
             different.add((row.key, row.label))
+    fates.examples = len(examples)
     numbers = Counter(label for _, label in different)
-    report.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
-    _check_examples(examples, report, table, renderer, settings, window)
-    return Split(table, examples, report)
-
-
-def _check_examples(
-    examples: Sequence[Example],
-    report: Report,
-    table: Table,
-    renderer: Renderer,
-    settings: Dataset,
-    window: int | None,
-) -> None:
-    """Raise UserError where no row is left, or where rows are longer than the model's window."""
-    labels = table.labels or []
+    fates.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
     if not examples:
         raise UserError(
-            f"{table.source}: none of {report.rows} rows is left for {report.split}:\n  "
-            + "\n  ".join(report.notices())
-            + room_of_labels(renderer, labels, settings, settings.max_length)
+            f"{table.source}: none of {fates.rows} rows is left for {split}:\n  "
+            + "\n  ".join(fates.notices())
+            + many_labels(table.labels)
         )
     beyond = {one.origin: len(one) for one in examples if window and len(one) > window}
     if beyond and window:
-        advice = (
-            f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer rows), "
-            "or take a model with a longer window."
+        raise beyond_window(
+            list(beyond.items()),
+            window,
+            f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer "
+            "rows), or take a model with a longer window." + many_labels(table.labels),
         )
-        advice += room_of_labels(renderer, labels, settings, window)
-        raise beyond_window(list(beyond.items()), window, advice)
+    return Split(table, examples, fates)
 
 
-def _fitted(
-    example: Example, line: int, settings: Dataset, bos: int | None, report: Report
-) -> list[Example]:
-    """A row's example within `max_length`, or its pieces; none if it is dropped. `report` notes which."""
-    most, length, parts = settings.max_length, len(example), [example]
-    overlength = settings.overlength or ("split" if report.format == "text" else "truncate")
-    if length > most:
-        if overlength == "drop":
-            report.drop(f"longer than max_length {most}", line)
-            report.lost += length
-            return []
-        if overlength == "split":
-            parts = pieces(example, most, bos)
-            report.divided.append(line)
-        else:
-            parts = [truncate(example, most)]
-            report.lost += length - len(parts[0]) * bool(parts[0].targets)
-            if parts[0].targets:
-                report.truncated.append(line)
-    if not any(part.targets for part in parts):
-        report.drop(f"no supervised token within max_length {most}", line)
-        return []
-    return parts
-
-
-def find_spelled(table: Table, renderer: Renderer, settings: Dataset, report: Report) -> None:
+def _note_spelled(table: Table, renderer: Renderer, settings: Dataset, fates: Report) -> None:
     """Note the rows whose text spells control tokens, and answers that end with an end token.
 
     Raises:
         UserError: many rows of raw text do, and `dataset.special_tokens` is not set.
     """
-    names: set[str] = set()
+    spelled: dict[int, set[str]] = {}
+    typed_ends = []
     ends = tuple(renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids))
-    for row in table.rows:
+    for at, row in enumerate(table.rows):
         texts = [row.text, *(message["content"] for message in row.messages)]
         found = set().union(*map(renderer.spelled, texts))
-        if not found:
-            continue
-        names |= found
-        report.spelling.append(row.line)
-        if any(
-            message["role"] == "assistant" and message["content"].rstrip().endswith(ends)
-            for message in row.messages
-        ):
-            report.spelled_ends.append(row.line)
-    report.spelled = sorted(names)
+        if found:
+            spelled[at] = found
+            answers = [m["content"] for m in row.messages if m["role"] == "assistant"]
+            if any(answer.rstrip().endswith(ends) for answer in answers):
+                typed_ends.append(row.line)
+    names = listed(sorted(set().union(*spelled.values())))
+    lines = [table.rows[at].line for at in spelled]
     # A small validation cut may hold many of them by chance.
-    many = report.split != "validation" and len(report.spelling) >= FREQUENT * len(table.rows)
-    if report.spelling and many and table.format == "text" and settings.special_tokens is None:
+    many = fates.split != "validation" and len(lines) >= FREQUENT * len(table.rows)
+    if lines and many and table.format == "text" and settings.special_tokens is None:
         raise UserError(
-            f"{table.source}: {len(report.spelling)} of {len(table.rows)} rows hold text that spells "
-            f"control tokens of the tokenizer ({listed(report.spelled)}): "
-            f"{lines_of(report.spelling)}. If the file is formatted with them, set "
-            "dataset.special_tokens=parse, and they become the tokens; if it is text about them, "
-            "dataset.special_tokens=text"
+            f"{table.source}: {len(lines)} of {len(table.rows)} rows hold text that spells control "
+            f"tokens of the tokenizer ({names}): {lines_of(lines)}. If the file is formatted with "
+            "them, set dataset.special_tokens=parse, and they become the tokens; if it is text "
+            "about them, dataset.special_tokens=text"
         )
+    fates.note(f"with text that spells control tokens ({names}), encoded as plain text", lines)
+    fates.note(report.TYPED_END, typed_ends)
 
 
-def pieces(example: Example, max_length: int, bos: int | None) -> list[Example]:
+def _fitted(
+    whole: Example, line: int, settings: Dataset, bos: int | None, fates: Report
+) -> list[Example]:
+    """A row's example within `max_length`, or its pieces; none if it is dropped. `fates` notes which."""
+    most = settings.max_length
+    parts, fate = [whole], ""
+    if len(whole) > most:
+        overlength = settings.overlength or ("split" if fates.format == "text" else "truncate")
+        if overlength == "drop":
+            fates.drop(f"longer than max_length {most}", line)
+            fates.lost += len(whole)
+            return []
+        if overlength == "split":
+            parts, fate = pieces(whole, most, bos), report.DIVIDED
+        else:
+            parts, fate = [truncate(whole, most)], report.TRUNCATED
+            fates.lost += len(whole) - len(parts[0]) * bool(parts[0].targets)
+    if not any(part.targets for part in parts):
+        fates.drop(f"no supervised token within max_length {most}", line)
+        return []
+    if fate:
+        fates.note(fate, [line])
+    return parts
+
+
+def pieces(whole: Example, max_length: int, bos: int | None) -> list[Example]:
     """The whole example in windows of at most `max_length` tokens; each token counts once.
 
     Each after the first begins, unsupervised, with the token before it, from which its first token
     is predicted; and with the tokenizer's own beginning, where the text has one.
     """
-    ids, supervised = example.ids, example.supervised
+    ids, supervised = whole.ids, whole.supervised
     head = ids[: ids[0] == bos]
     parts = [Example(ids[:max_length], supervised[:max_length])]
     step = max_length - len(head) - 1
@@ -429,13 +514,13 @@ def pieces(example: Example, max_length: int, bos: int | None) -> list[Example]:
     return parts
 
 
-def truncate(example: Example, max_length: int) -> Example:
+def truncate(whole: Example, max_length: int) -> Example:
     """The first `max_length` tokens, ending with an end token.
 
     Cut inside an answer, the answer's own end token takes the last place. Cut elsewhere, or where
     nothing of the answer but its end token would fit, all after the last whole answer goes.
     """
-    ids, supervised = example.ids, example.supervised
+    ids, supervised = whole.ids, whole.supervised
     if supervised[max_length - 1] and supervised[max_length - 2]:
         end = max_length - 1
         while end + 1 < len(ids) and supervised[end + 1]:
@@ -443,99 +528,6 @@ def truncate(example: Example, max_length: int) -> Example:
         return Example([*ids[: max_length - 1], ids[end]], supervised[:max_length])
     last = max((at for at in range(max_length - 1) if supervised[at]), default=-1)
     return Example(ids[: last + 1], supervised[: last + 1])
-
-
-def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | None]:
-    """Cut a share of the rows off for validation, drawn by `seed`; the same rows stay together.
-
-    Every class of a classification gives its share, and keeps a row to train on.
-    """
-    groups: dict[str, list[Row]] = {}
-    for row in table.rows:
-        groups.setdefault(row.key, []).append(row)
-    keys = list(groups)
-    # Few rows still get a validation of one, as long as one is left to train on.
-    count = min(max(1, round(len(keys) * share)), len(keys) - 1) if share else 0
-    if not count:
-        return table, None
-    draw = random.Random(seed)
-    if table.labels:
-        classes = {key: {str(row.label) for row in rows} for key, rows in groups.items()}
-        held = _stratified(classes, count, draw)
-        if not held:
-            return table, None
-    else:
-        held = set(draw.sample(keys, count))
-
-    def part(chosen: bool) -> Table:
-        rows = [row for row in table.rows if (row.key in held) == chosen]
-        # What was dropped in reading counts once: with the rows to train on.
-        return replace(table, rows=rows, dropped={} if chosen else table.dropped)
-
-    return part(False), part(True)
-
-
-def _stratified(classes: Mapping[str, set[str]], count: int, draw: random.Random) -> set[str]:
-    """At most `count` keys of `classes`, each class's share of them, and never the last of a class."""
-    left = Counter(label for labels in classes.values() for label in labels)
-    order = draw.sample(list(classes), len(classes))
-    # One text can have several labels (a contradiction): it counts in the rarest class.
-    home = {key: min(classes[key], key=lambda label: (left[label], label)) for key in order}
-    exact = {label: n * count / len(order) for label, n in Counter(home.values()).items()}
-    quota = {label: int(n) for label, n in exact.items()}
-    by_remainder = sorted(exact, key=lambda label: (quota[label] - exact[label], label))
-    for label in by_remainder[: count - sum(quota.values())]:
-        quota[label] += 1
-    held: set[str] = set()
-    # Where a class cannot give its share, any other fills up in the second round.
-    for by_quota in (True, False):
-        for key in order:
-            if key in held or len(held) == count or (by_quota and quota[home[key]] < 1):
-                continue
-            if all(left[label] > 1 for label in classes[key]):
-                held.add(key)
-                quota[home[key]] -= 1
-                left.subtract(classes[key])
-    return held
-
-
-def encode_splits(
-    tables: Mapping[str, Table], renderer: Renderer, settings: Dataset, window: int | None = None
-) -> dict[str, Split]:
-    """Every table as `encode` makes it a split, by its name."""
-    return {name: encode(table, renderer, settings, name, window) for name, table in tables.items()}
-
-
-def sample(table: Table, max_rows: int | None, seed: int) -> Table:
-    """At most `max_rows` rows, drawn by `seed`, in their order."""
-    if max_rows is None or max_rows >= len(table.rows):
-        return table
-    kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
-    drawn = f"{max_rows:,} of {len(table.rows):,} rows"
-    return replace(table, rows=[table.rows[at] for at in kept], drawn=drawn)
-
-
-def overlap(train: Table, other: Table, name: str) -> str | None:
-    """A sentence about rows of `other` that are in `train` too, or contradict it, or None."""
-    known: dict[str, dict[str | None, int]] = {}
-    for row in train.rows:
-        known.setdefault(row.key, {}).setdefault(row.label, row.line)
-    shared = [row for row in other.rows if row.key in known]
-    lines = [row.line for row in shared if row.label in known[row.key]]
-    contradictions = [
-        (row.line, next(iter(known[row.key].values())))
-        for row in shared
-        if row.label not in known[row.key]
-    ]
-    rows = len(other.rows)
-    found = contradicting(name, rows, contradictions, " train's")
-    if lines:
-        found.insert(
-            0,
-            f"{name}: {len(lines)} of {rows} rows are in train too, so its figures flatter: "
-            f"{lines_of(lines)}",
-        )
-    return "; ".join(found) or None
 
 
 def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool, bool]]:
@@ -554,62 +546,3 @@ def spans(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool, bool]]:
             joined = whole.startswith(before)
             yield whole[len(before) :] if joined else tokenizer.decode(ids[start:at]), *kinds[start]
             start, before = at, whole
-
-
-def _refuse_columns(
-    source: str, found: formats.Columns, raw: list[readers.RawRow], all_rows: bool
-) -> None:
-    """Raise UserError for the columns that are refused; with `all_rows`, those that all rows have."""
-    refused = []
-    for column, why in found.refused.items():
-        lines = [line for line, values in raw if filled(values.get(column))]
-        if len(lines) == len(raw) or not all_rows:
-            refused.append(
-                f"{source}:{lines[0]}: the column {formats.refusal(column, why)} ({len(lines):,} "
-                f"of {len(raw):,} rows: {lines_of(lines)})"
-            )
-    if refused:
-        raise UserError("\n".join(refused))
-
-
-def _check_label(label: str, labels: Sequence[str] | None) -> None:
-    if labels and label not in labels:
-        near = [known for known in labels if known.casefold() == label.casefold()]
-        raise ValueError(
-            f"label {label!r} is not one of {', '.join(labels)}"
-            + (f"; {near[0]!r} differs in case only" if near else "")
-            + "; fix the row or dataset.labels"
-        )
-
-
-def _labels(
-    source: str,
-    rows: Sequence[Row],
-    spelled: Mapping[tuple[str, str], Sequence[int]],
-    settings: Dataset,
-) -> tuple[list[str], list[str]]:
-    """The labels, and sentences about those that were joined or differ in case only."""
-    counts = Counter(row.label for row in rows if row.label is not None)
-    labels = settings.labels or sorted(counts)
-    if len(labels) < 2:
-        raise UserError(
-            f"{source}: only one label ({labels[0]}); a classification needs at least two"
-        )
-    notices = []
-    for (raw, label), lines in spelled.items():
-        # Accents that are composed otherwise look the same.
-        shown = repr(raw) if raw.split() == label.split() else ascii(raw)
-        rows_of_it = f"{len(lines):,} row{'s' * (len(lines) > 1)}, first line {lines[0]}"
-        notices.append(f"labels: {shown} read as {label!r} in {rows_of_it}")
-    alike = defaultdict(list)
-    for label in labels:
-        alike[label.casefold()].append(f"{label!r} ({counts[label]:,})")
-    notices += [
-        f"labels: {' and '.join(same)} differ in case only, and are kept apart"
-        for same in alike.values()
-        if len(same) > 1
-    ]
-    more = len(notices) - LINES_SHOWN
-    return labels, notices[:LINES_SHOWN] + [f"labels: ... and {more} more such notices"] * (
-        more > 0
-    )

@@ -168,7 +168,7 @@ def check_window(
     ]
     if beyond:
         advice = f"Shorten them or leave them out; {room} tokens of each are room for the answer."
-        advice += dataset.room_of_labels(renderer, labels, settings.dataset, window)
+        advice += dataset.many_labels(labels)
         raise dataset.beyond_window(beyond, window, advice)
 
 

@@ -151,7 +151,7 @@ def renderer_for(
         file = files.expanded(config.model.chat_template)
         template = _read_template(file, f"model.chat_template: {config.model.chat_template}")
     # Raw text needs no template, so a bad one is an error of the first conversation.
-    return Renderer(base.tokenizer, template, config.dataset.system_prompt, False, date)
+    return Renderer(base.tokenizer, template, config.dataset.system_prompt, date)
 
 
 def _read_template(file: Path, where: str) -> str:

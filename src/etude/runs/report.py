@@ -12,7 +12,7 @@ from rich.table import Table
 from etude import files
 from etude.config.yaml import scalar
 from etude.data.formats import Row
-from etude.data.report import Report
+from etude.data.report import TRUNCATED, Report
 from etude.runs import markdown, plots
 
 
@@ -32,7 +32,7 @@ def data_table(reports: Sequence[Report]) -> Table:
         "rows": [report.rows for report in reports],
         "kept": [report.kept for report in reports],
         "examples": [report.examples for report in reports],
-        "truncated": [len(report.truncated) for report in reports],
+        "truncated": [len(report.noted.get(TRUNCATED, [])) for report in reports],
         "dropped": [report.rows - report.kept for report in reports],
         "tokens": [report.tokens for report in reports],
         "tokens lost": [report.lost for report in reports],
