@@ -90,3 +90,27 @@ def qwen_tokenizer():
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def renderer(sample_tokenizer):
+    """The renderer of the sample model's own template."""
+    from etude.conversation.renderer import Renderer
+
+    return Renderer(sample_tokenizer)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file into the current folder and gives its bare name, as messages have it."""
+    monkeypatch.chdir(tmp_path)
+
+    def _write(name, content):
+        if isinstance(content, list):
+            from data_files import encoded
+
+            content = encoded(name, content)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return name
+
+    return _write

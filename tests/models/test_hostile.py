@@ -419,7 +419,6 @@ def rows(*texts):
         (".jsonl", b'{"text": "a\0b"}\n', ":1: not valid JSON"),
         (".jsonl", rows("fine", "a\0b"), ":2: text holds a NUL character (at 2)"),
         (".jsonl", bytes(10**6), "not valid JSON"),
-        (".jsonl", rows("fine", "x" * 10**8), ":2: text has 100,000,000 characters"),
         (".jsonl", b'{"text": "a"}\n{"text": "\xc3("}\n', ":2: not UTF-8 text"),
         (".jsonl", rows("a").encode("utf-16"), ":1: not UTF-8 text"),
         (".jsonl", "[" * 10**6, ":1: nested too deeply"),
@@ -434,31 +433,18 @@ def rows(*texts):
             ":2: duplicate key 'text'",
         ),
         (".jsonl", '{"text": "\\ud800"}', ":1: text holds half a character"),
-        (".csv", 'text\n"' + "x" * 10**8 + '"\n', ":2: text has 100,000,000 characters"),
         (".csv", "text\na\0b\n", "NUL"),
         (".csv", 'text\n"' + "x\n" * 10**6, "not valid CSV"),
         (".parquet", b"PAR1" + b"\xff" * 1000 + b"PAR1", "not a readable parquet file"),
         (".parquet", b"", "not a readable parquet file"),
     ],
-    ids=range(19),
+    ids=range(17),
 )
 def test_hostile_data(tmp_path, suffix, content, phrase):
     file = tmp_path / f"d{suffix}"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = refusal(dataset.read, str(file), Dataset(format="auto"))
     assert phrase in message and len(message) < 10**4
-
-
-def test_a_parquet_file_that_grows_without_end(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
-    # A few KB on disk that say: this text of 10^5 characters stands 5,000 times.
-    once = pyarrow.array(["x" * 10**5]).dictionary_encode()
-    table = pyarrow.table({"text": once.take(pyarrow.array([0] * 5000))})
-    parquet.write_table(table, tmp_path / "d.parquet")
-    assert (tmp_path / "d.parquet").stat().st_size < 10**5
-    assert "grow to more than 134,217,728" in refusal(readers.read, str(tmp_path / "d.parquet"))
 
 
 SPECIAL = {

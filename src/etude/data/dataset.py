@@ -423,9 +423,17 @@ def encode(
     fates.examples = len(examples)
     numbers = Counter(label for _, label in different)
     fates.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
+    _check_examples(examples, fates, table, window)
+    return Split(table, examples, fates)
+
+
+def _check_examples(
+    examples: Sequence[Example], fates: Report, table: Table, window: int | None
+) -> None:
+    """Raise UserError where no row is left, or where rows are longer than the model's window."""
     if not examples:
         raise UserError(
-            f"{table.source}: none of {fates.rows} rows is left for {split}:\n  "
+            f"{table.source}: none of {fates.rows} rows is left for {fates.split}:\n  "
             + "\n  ".join(fates.notices())
             + many_labels(table.labels)
         )
@@ -437,7 +445,6 @@ def encode(
             f"Set dataset.max_length: {window} (dataset.overlength says what happens to longer "
             "rows), or take a model with a longer window." + many_labels(table.labels),
         )
-    return Split(table, examples, fates)
 
 
 def _note_spelled(table: Table, renderer: Renderer, settings: Dataset, fates: Report) -> None:

@@ -87,39 +87,40 @@ def _read_file(path: Path, source: str) -> tuple[Iterable[Found], str]:
     fingerprint = hashlib.sha256(data).hexdigest()
     if kind == ".parquet":
         return _parquet(data, source), fingerprint
-    text = _decoded(data, source)
+    lines = _decoded(data, source)
     if kind in (".csv", ".tsv"):
-        return _csv(text, source, kind), fingerprint
+        return _csv(lines, source, kind), fingerprint
     # A list in a .jsonl file is read too, and objects one after another in a .json file.
-    if kind == ".json" or re.match(r"\s*\[\s*\{", text):
-        return _json(text, source), fingerprint
-    return _jsonl(text), fingerprint
+    if kind == ".json" or re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", data):
+        return _json("".join(lines), source), fingerprint
+    return _jsonl(lines), fingerprint
 
 
-def _decoded(data: bytes, source: str) -> str:
-    """The text of a UTF-8 file."""
-    likely = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}.get(data[:2], "WINDOWS-1252")
+def _decoded(data: bytes, source: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, one after another: no more than the rows is held as text."""
+    likely = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}.get(data[:2])
     if data[:2].count(0) == 1:  # without a mark, by its first letter
         likely = "UTF-16BE" if data[0] == 0 else "UTF-16LE"
-    start = 0
-    try:
-        text = data.decode("utf-8-sig")
-        if likely == "WINDOWS-1252":
-            return text
-    except UnicodeDecodeError as error:
-        start = error.start
-    line = data.count(b"\n", 0, start) + 1
-    raise UserError(
-        f"{source}:{line}: not UTF-8 text (byte {data[start]:#04x}); save "
-        f"the file as UTF-8, e.g. from {likely}: iconv -f {likely} -t UTF-8 {shlex.quote(source)} > "
-        f"NEW{Path(source).suffix}"
-    )
+    for number, line in enumerate(io.BytesIO(data), 1):
+        start = 0
+        try:
+            if likely is None:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                continue
+        except UnicodeDecodeError as error:
+            start = error.start
+        encoding = likely or "WINDOWS-1252"
+        raise UserError(
+            f"{source}:{number}: not UTF-8 text (byte {line[start]:#04x}); save the file as UTF-8, "
+            f"e.g. from {encoding}: iconv -f {encoding} -t UTF-8 {shlex.quote(source)} > "
+            f"NEW{Path(source).suffix}"
+        )
 
 
-def _jsonl(text: str) -> Iterator[Found]:
+def _jsonl(lines: Iterable[str]) -> Iterator[Found]:
     """One JSON object a line."""
-    # Lines end at \n alone: U+2028 and the like may be inside a JSON string.
-    for line, content in enumerate(text.split("\n"), 1):
+    # They end at \n alone: U+2028 and the like may be inside a JSON string.
+    for line, content in enumerate(lines, 1):
         if content.strip():
             try:
                 # The parser counts a line end as the next line.
@@ -173,9 +174,13 @@ def _is_table(name: str, value: object) -> bool:
     return not turns and isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _csv(text: str, source: str, kind: str) -> Iterator[Found]:
+def _csv(content: Iterable[str], source: str, kind: str) -> Iterator[Found]:
     # Lines end at \n, \r\n or \r; splitlines() would cut fields at U+2028 and form feeds too.
-    lines = io.StringIO(text, newline="")
+    lines = (
+        piece
+        for line in content
+        for piece in (io.StringIO(line, newline="") if "\r" in line else (line,))
+    )
     line, first = next(((n, text) for n, text in enumerate(lines, 1) if text.strip()), (1, ""))
     named = re.fullmatch(r'"?sep=([^\w\s"]|\t)"?\s*', first)  # Excel's first line
     if named:
