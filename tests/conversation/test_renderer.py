@@ -431,6 +431,16 @@ def test_a_template_that_cannot_be_followed_is_refused(sample_tokenizer, templat
     assert "model.chat_template" in str(caught.value)
 
 
+def test_a_template_that_strips_the_last_message_alone_is_refused_where_it_matters(
+    sample_tokenizer,
+):
+    body = "(message.content | trim if loop.last else message.content)"
+    renderer = Renderer(sample_tokenizer, each(body))
+    assert renderer.render([user("a"), assistant("b")]).ids
+    with pytest.raises(RenderError, match="in another way than it does in a chat"):
+        renderer.render([user("a "), assistant("b")])
+
+
 def test_a_model_without_template_renders_raw_text_only(sample_tokenizer):
     renderer = Renderer(speaking(sample_tokenizer, None))
     assert renderer.text("Hi").ids == Renderer(sample_tokenizer).text("Hi").ids

@@ -210,6 +210,13 @@ def test_a_date_is_fixed_and_is_part_of_the_format(tokenizer, name, monday, tues
     assert clock.state()["probe_sha256"] is None
 
 
+def test_a_date_whose_format_is_computed_stays_the_clocks(tokenizer):
+    template = "{% set form = '%Y' %}{{ strftime_now(form) + strftime_now('%d') }}" + CHATML
+    renderer = Renderer(tokenizer, template, date=MONDAY)
+    assert renderer.date is None and renderer.state()["probe_sha256"] is None
+    assert text(renderer, [user("x")]).startswith(f"{datetime.date.today():%Y}")
+
+
 def test_a_template_without_a_date_has_none(tokenizer):
     monday = Renderer(tokenizer, CHATML, date=MONDAY)
     assert monday.state() == Renderer(tokenizer, CHATML).state()

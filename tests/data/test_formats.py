@@ -267,7 +267,7 @@ def test_a_key_that_is_empty_is_not_worth_a_word(write, value):
 def test_a_column_is_left_out_on_purpose(write):
     turns = [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]
     source = write("x.jsonl", [{"messages": turns, "Score": 3}])
-    table = dataset.read(source, Dataset(ignore=["score", "reasoning_content"]))
+    table = dataset.read(source, Dataset(ignore=["score", "Reasoning_Content "]))
     assert table.rows[0].messages == PAIR and table.unused == {}
     assert "'Score' is filled" in refusal(source, ignore=["reasoning_content"])
     chosen = write("y.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])

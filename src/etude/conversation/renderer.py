@@ -119,8 +119,10 @@ class Renderer:
                 template = str(tokenizer.get_chat_template())
         self.template = template
         self.system_prompt = system_prompt
-        self.date = date if "strftime_now" in (template or "") else None
-        self._jinja = _dated(template, self.date) if template and self.date else template
+        dated = _dated(template, date) if template and date else template
+        # A call with a format that is computed cannot be replaced: then the clock's date stays.
+        self.date = date if dated != template and "strftime_now(" not in (dated or "") else None
+        self._jinja = dated if self.date else template
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = {token.content: index for index, token in special.items()}
         # Some take the white space before or after them in.
@@ -392,10 +394,14 @@ class Renderer:
         self, messages: Sequence[Message], index: int, text: str, spans: list[tuple[int, int]]
     ) -> int | None:
         """Where in `text` the prompt of the answer `messages[index]` ends; None if `text` begins otherwise."""
-        roles = tuple(message["role"] for message in messages[:index])
-        begin, *after = self._frame(roles, True)
-        contents = (text[start:end] for start, end in spans[:index])
-        prompt = begin + "".join(map("".join, zip(contents, after, strict=True)))
+        before = messages[:index]
+        if any(message["content"] != message["content"].strip() for message in before):
+            # A template may strip a message in one text and not in the other.
+            prompt = self._apply(before, generation_prompt=True)
+        else:
+            begin, *after = self._frame(tuple(message["role"] for message in before), True)
+            contents = (text[start:end] for start, end in spans[:index])
+            prompt = begin + "".join(map("".join, zip(contents, after, strict=True)))
         return len(prompt) if text.startswith(prompt) else None
 
     def _control_tokens(

@@ -197,7 +197,7 @@ def _row(
             f"{', '.join(map(str, values)) or 'nothing'}"
         )
     trained = formats.trained({name: fields.get(name) for name in formats.ROW_FLAGS})
-    row = formats.row_of(columns.format, line, fields, settings.ignore, unused)
+    row = formats.row_of(columns.format, line, fields, columns.ignored, unused)
     if row.label is not None and settings.labels and row.label not in settings.labels:
         near = [known for known in settings.labels if known.casefold() == row.label.casefold()]
         raise ValueError(

@@ -140,12 +140,14 @@ class Columns:
         fields: the column of each field that the source has.
         refused: columns that change what a row means, and why a row with one cannot be used.
         unused: the others.
+        ignored: columns, and keys of turns, that are left out on purpose, as `plain` writes them.
     """
 
     format: str
     fields: dict[str, str]
     refused: dict[str, str]
     unused: list[str]
+    ignored: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
@@ -179,7 +181,7 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
         UserError: no known format, a column named by `dataset.columns` that is absent, or two
             columns of one name.
     """
-    ignored = set(map(plain, settings.ignore))
+    ignored = frozenset(map(plain, settings.ignore))
     # A dict keeps the order of the file, a set would not.
     names = dict.fromkeys(name for _, values in rows for name in values)
     present = [name for name in names if plain(name) not in ignored]
@@ -221,7 +223,8 @@ def assign(source: str, rows: Sequence[tuple[int, dict[str, Any]]], settings: Da
     others = [name for name in present if name not in fields.values()]
     reasons = {name: _why(name, form, fields, settings) for name in others if name not in empty}
     refused = {name: why for name, why in reasons.items() if why}
-    return Columns(form, fields, refused, [name for name in others if name not in refused])
+    unused = [name for name in others if name not in refused]
+    return Columns(form, fields, refused, unused, ignored)
 
 
 def _candidates(present: Sequence[str], settings: Dataset) -> dict[str, list[str]]:
