@@ -109,11 +109,9 @@ def generate_transformers(target: Any, prompts: list[Any], labels: list[str]) ->
 
 def worker(task: str, engine: str, rows: int) -> None:
     """Do the task with one engine and print what was measured as one JSON line."""
-    from etude import console
     from etude.data import dataset
     from etude.runs import opening
 
-    console.quiet_transformers()
     target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     settings = target.config.dataset
     table = dataset.sample(dataset.read(str(ROOT / TEST), settings), rows, 0)

@@ -45,7 +45,6 @@ def etude(*words: str) -> None:
 
 def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]:
     """Train one run and measure it, row by row; the predictions of the 800 tweets come along."""
-    from etude import console
     from etude.data import dataset
     from etude.measure import likelihood
     from etude.runs import opening
@@ -65,7 +64,6 @@ def measure(workload: str, seed: int, base: str, folder: Path) -> dict[str, Any]
         *BASES[base],
     )
     results = json.loads((run / "manifest.json").read_text())["results"]
-    console.quiet_transformers()
     target = opening.open_target(str(run), ["model.dtype=float32"])
     settings = target.config
     table = dataset.read(str(settings.dataset.test), settings.dataset)

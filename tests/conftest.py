@@ -33,10 +33,8 @@ def qwen_file() -> Path:
 @pytest.fixture(scope="session")
 def sample():
     """The bundled sample model, opened as the programs open it. Its weights must stay as they are."""
-    from etude import console
     from etude.runs import opening
 
-    console.quiet_transformers()
     return opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import typer
 
-from etude import console, files, train_with_config
+from etude import files, train_with_config
 from etude.models import gguf, loading
 from etude.runs import proof
 from etude.runs.folder import CHECKPOINTS, LOCK, MANIFEST, METRICS
@@ -324,7 +324,6 @@ def main() -> int:
     from etude.training import trainer  # noqa: F401
 
     gc.freeze()  # a child need not look through all that again
-    console.quiet_transformers()
     home, begun = Path(tempfile.mkdtemp(prefix="crash-sweep-")), time.monotonic()
     try:
         counts = sweep(options, home)

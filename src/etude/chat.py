@@ -65,7 +65,6 @@ def chat(
     name = name or default_target(overrides)
     if question is None:
         say(f"Loading {name} ...")
-    console.quiet_transformers()
     refuse_live(name)
     target = opening.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)

@@ -123,7 +123,6 @@ def validate(
         labels = f", labels {', '.join(table.labels)}" if table.labels else ""
         rows = f"{len(table.rows):,} rows, format {table.format}{labels}"
         console.say("read", f"{split}: {table.source}: {rows}")
-    console.quiet_transformers()
     plan = planning.plan_training(settings, tables, reporter)
     fitting = "and the training fits" if plan.fits else "but by the plan the training does not fit"
     console.say("result", f"valid{f', {fitting} in memory' if plan.memory else ''}")
@@ -135,7 +134,6 @@ def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
 ) -> None:
     """Check that a run's adapter works: its tensors, logits and loss are those of its training."""
-    console.quiet_transformers()
     found, notices = proof.verify(run)
     for notice in notices:
         console.notice(notice)

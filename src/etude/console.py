@@ -246,14 +246,6 @@ def _quiet() -> None:
             stream.reconfigure(errors="replace")
 
 
-def quiet_transformers() -> None:
-    """Silence transformers' bars and warnings; separate, for it imports transformers."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
 def _progress(*columns: Any, **options: Any) -> "progress.Progress":
     """A live display on stderr, where that is a terminal."""
     from rich import progress

@@ -84,7 +84,6 @@ def evaluate(
 
 def models(name: str, overrides: list[str], with_base: bool) -> Iterator[tuple[str, Model]]:
     """The models to measure, one after the other in the same memory: base, then tuned."""
-    console.quiet_transformers()
     target = opening.open_target(name, overrides)
     console.err.print(f"device    {target.base.device.why}")
     for difference in changes_since(expanded(name)):

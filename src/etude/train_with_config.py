@@ -111,7 +111,6 @@ def run_training(
     """
     training = settings.training
     distributed.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
-    console.quiet_transformers()
     folder = expanded(settings.output.dir)
     resuming.refuse_taken(folder)
     # One of several processes writes for all.

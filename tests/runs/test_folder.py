@@ -164,7 +164,6 @@ def program():
         patch.setattr(checkpoints, "read_progress", lambda _: {"processes": 1})
         patch.setattr(device, "used_memory", lambda *_, **__: 0)
         patch.setattr(device, "free_memory", lambda: None)
-        patch.setattr(twc.console, "quiet_transformers", lambda: None)
         # Neither it nor torch is needed here; and no power fails.
         patch.setitem(sys.modules, "transformers", SimpleNamespace(set_seed=lambda _: None))
         patch.setattr(os, "fsync", lambda _: None)

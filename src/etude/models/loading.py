@@ -100,7 +100,11 @@ def _outline(
     name: str, folder: Path | None, revision: str | None, file: Path | None = None
 ) -> Outline:
     from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
 
+    # Its progress bars and warnings; every model is opened through here.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     if revision and (folder or file):
         raise UserError(
             f"model.revision: {name} is no Hub model and has no revisions; set it to null"
