@@ -135,22 +135,6 @@ def in_adapter(name):
     loading.locate(opening.open_config("adapter", []).model.name)
 
 
-def in_model(name):
-    index, tokenizer = (
-        Path("model/model.safetensors.index.json"),
-        Path("model/tokenizer_config.json"),
-    )
-    for file, value in (
-        (index, {"weight_map": {"a": name}}),
-        (tokenizer, {"fast_tokenizer_files": [name]}),
-    ):
-        file.write_text(json.dumps(value))
-        try:
-            loading.locate("model")
-        finally:
-            file.unlink()
-
-
 TYPED = {
     "a run to open": lambda name: opening.open_target(name, []),
     "a report's folder": report,
@@ -160,7 +144,7 @@ TYPED = {
     "/save": save,
     "/load": lambda name: history.load(Path(os.path.expanduser(name))),
 }
-WRITTEN = {"a model": loading.locate, "in an adapter": in_adapter, "in a model": in_model}
+WRITTEN = {"a model": loading.locate, "in an adapter": in_adapter}
 # These write where the user's own words lead: into an adapter that is elsewhere, to FILE.
 FOLLOWS = {"a report's folder", "/save"}
 

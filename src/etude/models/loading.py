@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNREACHABLE = re.compile(r"connect|offline|internet|resolve|timed out|cached files", re.I)
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,23 @@ class Outline:
     Attributes:
         name: as the user wrote it.
         config: its transformers configuration.
-        source, options: where it is read from, and how: what `from_pretrained` takes.
-        folder: the local folder that it is in; None on the Hub, or before a .gguf file is converted.
+        folder: the local folder that it is in; None on the Hub.
+        options: how `from_pretrained` reads it.
     """
 
     name: str
     config: Any
     tokenizer: Any
-    source: str
-    options: dict[str, Any]
     folder: Path | None
-
-    @property
-    def unconverted(self) -> bool:
-        """Whether it is in a .gguf file that `load` must convert first."""
-        return "gguf_file" in self.options
+    options: dict[str, Any]
 
     @property
     def stored(self) -> "torch.dtype":
         """The number format that the weights are stored in; float32 where the model does not say."""
         import torch
 
-        said = None if self.unconverted else self.config.get_text_config().dtype
-        return said if isinstance(said, torch.dtype) else torch.float32
+        named = self.config.get_text_config().dtype
+        return named if isinstance(named, torch.dtype) else torch.float32
 
     def model(self, dtype: "torch.dtype") -> Any:
         """The model with frozen parameters in `dtype` on the meta device: shapes without numbers."""
@@ -84,46 +78,43 @@ class Outline:
 
 
 def outline(name: str, revision: str | None = None) -> Outline:
-    """Read what a model is without its weights; a .gguf file is not converted yet.
+    """Read what a model is without its weights; on the Hub, at the commit that `revision` is now.
 
     Raises:
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
-    file = gguf.gguf_file(name)
-    if file is None:
-        return _outline(name, locate(name), revision)
-    folder = gguf.converted(file)
-    return _outline(name, folder if gguf.verified_sums(folder) else None, revision, file)
-
-
-def _outline(
-    name: str, folder: Path | None, revision: str | None, file: Path | None = None
-) -> Outline:
+    from huggingface_hub import resolve_revision
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     # Its progress bars and warnings; every model is opened through here.
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if revision and (folder or file):
+    folder = locate(name)
+    if revision and folder:
         raise UserError(
             f"model.revision: {name} is no Hub model and has no revisions; set it to null"
         )
-    source = str(folder or (file and file.parent) or name)
-    # What is local must not ask the Hub, and what is remote is pinned by `revision`.
-    offline = bool(folder or file) or not hub_reachable()
+    # What is local must not ask the Hub.
+    offline = folder is not None or not hub_reachable()
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
-    if folder is None and file:
-        options["gguf_file"] = file.name
-    elif folder is None:
-        options["revision"] = revision or "main"
     try:
-        tokenizer = _tokenizer(source, options)
-        config = AutoConfig.from_pretrained(source, **options)
+        if folder is None:
+            found = resolve_revision(name, revision=revision, local_files_only=offline)
+            options["revision"] = found.resolved
+        tokenizer = _tokenizer(str(folder or name), options)
+        config = AutoConfig.from_pretrained(str(folder or name), **options)
     except Exception as error:  # transformers raises whatever its many loaders stumble over
-        raise _explain(name, folder, revision, error) from None
+        raise _explain(name, folder, offline, error) from None
+    for part in (config, config.get_text_config()):
+        # With the package `kernels` transformers would fetch code of that name, and run it.
+        if "/" in f"{part._attn_implementation} {part._experts_implementation}":
+            raise UserError(
+                f"model.name {name}: its config.json names code of the Hub (attn_implementation or "
+                "experts_implementation), and Etude runs no foreign code; remove that line"
+            )
     _check_ends(tokenizer, f"model.name {name}")
-    return Outline(name, config, tokenizer, source, options, folder)
+    return Outline(name, config, tokenizer, folder, options)
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:
@@ -151,16 +142,15 @@ def own_tokenizer(folder: Path, base: Base) -> Any | None:
         tokenizer = _tokenizer(str(folder), {"trust_remote_code": False, "local_files_only": True})
     except Exception as error:  # transformers raises whatever its many loaders stumble over
         raise UserError(
-            f"{folder}: its tokenizer cannot be read: {first_line(error):.300}. Copy the adapter again, or "
-            "remove its tokenizer files to use the base's"
+            f"{folder}: its tokenizer cannot be read: {first_line(error):.300}. Copy the adapter again"
         ) from None
     _check_ends(tokenizer, str(folder))
     rows = base.model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"{folder}: its tokenizer has {len(tokenizer):,} tokens, and the base {base.name} embeds "
-            f"{rows:,}: it was trained with added tokens and resized embeddings, which Etude does not "
-            "do. Merge it with PEFT (merge_and_unload) and give the merged folder as model.name"
+            f"{rows:,}; merge the adapter with PEFT (merge_and_unload) and give the merged folder as "
+            "model.name"
         )
     return tokenizer
 
@@ -184,53 +174,49 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if known is None or known.unconverted:
-        known = _outline(name, locate(name), revision)
-    folder, tokenizer = known.folder, known.tokenizer
+    known = known or outline(name, revision)
+    folder = known.folder
     weights: dict[str, Any] = {"dtype": "auto" if quantization == "int8" else device.torch_dtype}
     if quantization == "nf4":
         weights |= {"quantization_config": _nf4(device), "device_map": {"": device.name}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            known.source,
+            str(folder or name),
             use_safetensors=True,
             output_loading_info=True,
             **weights,
             **known.options,
         )
     except Exception as error:  # transformers raises whatever its many loaders stumble over
-        raise _explain(name, folder, revision, error) from None
+        raise _explain(name, folder, known.options["local_files_only"], error) from None
     model, facts = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"model.name {name}: this is an adapter, not a model; name its base here")
     if facts["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise UserError(
-            f"model.name {name}: weights are missing ({', '.join(sorted(facts['missing_keys'])[:3])}), "
-            "so it would answer at random. Copy the model again, or take one with a language model's head"
+            f"model.name {name}: weights are missing: {', '.join(sorted(facts['missing_keys'])[:3])}. "
+            "Copy the model again, or take one with a language model's head"
         )
     if quantization == "nf4":
         _keep_gradients(model)
     elif device.name != "cpu":
         model = model.to(torch.device(device.name))
-    # Its own would be mixed into every generation: beams by the thousand, say. Ours says all.
-    said = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=said.bos_token_id,
-        eos_token_id=said.eos_token_id,
-        pad_token_id=said.pad_token_id,
-    )
+    # The model's own would be mixed into every generation: beams by the thousand, say.
+    ends = {key: getattr(model.generation_config, key) for key in ENDS}
+    model.generation_config = GenerationConfig(**ends)
     model.requires_grad_(False)
     model.eval()
-    commit = getattr(model.config, "_commit_hash", None)
-    identity = f"sha256:{_weights_hash(folder)}" if folder else f"commit:{commit}"
-    return Base(model, tokenizer, name, identity, device)
+    identity = (
+        f"sha256:{_weights_hash(folder)}" if folder else f"commit:{known.options['revision']}"
+    )
+    return Base(model, known.tokenizer, name, identity, device)
 
 
 def _nf4(device: Device) -> Any:
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            "model.quantization: nf4 needs bitsandbytes, which is not installed; "
-            "pip install bitsandbytes, or set it to int8 or null"
+            "model.quantization: nf4 needs bitsandbytes: pip install bitsandbytes, or set it to int8 "
+            "or null"
         )
     from transformers import BitsAndBytesConfig
 
@@ -245,8 +231,8 @@ def _nf4(device: Device) -> Any:
 def _keep_gradients(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit layers on a CPU.
 
-    At the first pass without gradients, a validation say, it would pack them for a product that knows
-    no gradients, and keep them so: training would go on with wrong ones, without a word.
+    At the first pass without gradients, a validation say, it would pack them for good, for a product
+    without gradients: training would silently go on with wrong ones.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -262,82 +248,27 @@ def locate(name: str) -> Path | None:
     file = gguf.gguf_file(name)
     if file:
         return gguf.from_gguf(file)
-    path = files.expanded(name)
+    path, where = Path(name), f"model.name {name}"
     if path.is_dir():
         # With an adapter_config.json transformers would load what that names, wherever it is.
         adapter = (path / "adapter_config.json").exists()
         if adapter or not (path / "config.json").is_file():
             hint = "it is an adapter; name its base here" if adapter else "no config.json"
-            raise UserError(f"model.name {name}: this folder is not a model ({hint})")
+            raise UserError(f"{where}: this folder is not a model ({hint})")
         if not list(path.glob("*.safetensors")):
             raise UserError(
-                f"model.name {name}: no .safetensors file in this folder; pickled weights (.bin, "
-                ".pt) can run code and are not read. Convert them: "
-                "model.save_pretrained(FOLDER) with transformers writes safetensors"
+                f"{where}: no .safetensors file in this folder; pickled weights (.bin, .pt) can run "
+                "code and are not read. Write it again with transformers: model.save_pretrained(FOLDER)"
             )
-        _check_folder(path, f"model.name {name}: ")
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise UserError(
-            f"model.name {name}: not a model folder, a .gguf file or a Hub id (owner/name)"
+            f"{where}: not a model folder, a .gguf file or a Hub id; examples: Qwen/Qwen2-1.5B, "
+            f"./folder, {gguf.SAMPLE} (the bundled sample)"
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(
-            f"model.name {name!r}: not a possible model name; examples: Qwen/Qwen2-1.5B, {gguf.SAMPLE}, "
-            "./folder"
-        )
-    if nearest(name.lower(), [gguf.SAMPLE]) and "/" not in name:
-        raise UserError(f"model.name {name}: did you mean {gguf.SAMPLE}, the bundled sample?")
+    if "/" not in name and nearest(name.lower(), [gguf.SAMPLE]):
+        raise UserError(f"{where}: did you mean {gguf.SAMPLE}, the bundled sample?")
     return None
-
-
-def _check_folder(folder: Path, where: str) -> None:
-    """Refuse what transformers would follow: files outside `folder`, pickled weights, the Hub's code.
-
-    Raises:
-        UserError: what is wrong and in which file.
-    """
-    for file in sorted(folder.glob("*.json")):
-        name = file.name
-        if name not in ("config.json", "tokenizer_config.json") and ".index." not in name:
-            continue
-        try:
-            content = files.read_json(file)
-        except ValueError as error:
-            raise UserError(
-                f"{where}{name} cannot be read: {error}; copy the model again"
-            ) from None
-        for key, value in _entries(content):
-            code = key.endswith(("attn_implementation", "experts_implementation"))
-            if code and "/" in str(value):
-                raise UserError(
-                    f"{where}{name} names code of the Hub ({key}: {value!r:.60}), and Etude runs "
-                    "no foreign code; remove that line"
-                )
-        weights = content.get("weight_map")
-        weights = list(weights.values()) if isinstance(weights, dict) else []
-        others = content.get("fast_tokenizer_files") or []
-        for named in [*weights, *(others if isinstance(others, list) else [others])]:
-            if not isinstance(named, str) or not re.fullmatch(r"[^/\\]*[^/\\.]", named):
-                raise UserError(
-                    f"{where}{name} names the file {named!r:.80}, which is not one of the model's own "
-                    "folder; copy the model again"
-                )
-        if not all(named.endswith(".safetensors") for named in weights):
-            raise UserError(
-                f"{where}{name} names weights that are no .safetensors file; pickled ones can run "
-                "code and are not read"
-            )
-
-
-def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Every key and value of nested JSON objects."""
-    left = [value]
-    while left:
-        inner = left.pop()
-        if isinstance(inner, dict):
-            left += inner.values()
-            yield from inner.items()
 
 
 def hub_reachable() -> bool:
@@ -368,67 +299,49 @@ def broken_weights(model: Any) -> str:
         return ""
     return (
         f"The weights of the model are not all finite numbers: {len(broken):,} of {len(floats):,} "
-        f"tensors ({', '.join(broken[:3])}{', ...' * (len(broken) > 3)}). Copy the model again; where "
-        "its files are sound, they overflow in 16 bits: model.dtype=float32"
+        f"tensors, first {broken[0]}. Copy the model again, or set model.dtype=float32"
     )
 
 
 def not_finite(model: Any, what: str, rows: Iterable[str]) -> UserError:
-    """What to say where `what` of a model is not a finite number in `rows`, given by ``file:line``."""
+    """The error where `what` of a model is not a finite number in `rows`, given by ``file:line``."""
     named = list(dict.fromkeys(rows))
-    advice = (
-        "look at what they hold, or take another model"
-        if "float32" in str(model.dtype)
-        else f"with {str(model.dtype).removeprefix('torch.')} numbers overflow early: model.dtype=float32"
-    )
+    more = f" and {len(named) - 10:,} more" if len(named) > 10 else ""
     return UserError(
-        f"{what} is not a finite number, so nothing is reported: {', '.join(named[:10])}"
-        f"{f' and {len(named) - 10:,} more' if len(named) > 10 else ''}. "
-        + (broken_weights(model) or f"The model's weights are finite; {advice}")
+        f"{what} is not a finite number, so nothing is reported: {', '.join(named[:10])}{more}. "
+        + (broken_weights(model) or "Check these rows, or set model.dtype=float32")
     )
 
 
 def _weights_hash(folder: Path) -> str:
     """One SHA-256 over the weight files of a folder (their sums, in the order of their names)."""
-    if folder.parent == gguf.cache_folder() / "gguf":  # verified a moment ago
-        return str(files.read_json(folder / gguf.SUMS)[gguf.WEIGHTS])
     sums = [files.sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _explain(name: str, folder: Path | None, revision: str | None, error: Exception) -> UserError:
-    """Turn what transformers raised into a sentence for a person."""
+def _explain(name: str, folder: Path | None, offline: bool, error: Exception) -> UserError:
+    """What transformers or the Hub's client raised, in one sentence."""
     from huggingface_hub import constants
+    from huggingface_hub.errors import RevisionResolutionError
 
     where, text = f"model.name {name}", first_line(error)
+    if folder and str(folder) != name:  # a converted .gguf file
+        where += f" ({folder})"
     if lack := shortage(error, folder or constants.HF_HUB_CACHE):
         return UserError(f"{where}: {lack}")
-    if folder is None and isinstance(error, OSError):
-        if UNREACHABLE.search(str(error)):
+    if folder is None and isinstance(error, OSError | RevisionResolutionError):
+        if offline:
             return UserError(
                 f"{where}: the Hub cannot be reached and the model is not in the local cache. These "
                 f"names work offline: {gguf.SAMPLE} (bundled sample), a model folder, a .gguf file"
-                + _cached_names()
             )
         return UserError(
-            f"{where}{f' at revision {revision}' if revision else ''}: {text} (check the spelling on "
-            "huggingface.co; for a private model log in with `hf auth login`)"
+            f"{where}: {text} (check the name and model.revision on huggingface.co; for a private "
+            "model log in with `hf auth login`)"
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return UserError(
-            f"{where}: this model needs code from its own folder to run (auto_map in its config "
-            "files), and Etude runs no foreign code. Take a model whose architecture transformers "
-            "itself knows"
+            f"{where}: this model needs code from its own folder to run, and Etude runs no foreign "
+            "code. Take a model whose architecture transformers itself knows"
         )
     return UserError(f"{where}: not a causal language model that transformers can load: {text}")
-
-
-def _cached_names() -> str:
-    """Hub models in the local cache, as the end of a sentence."""
-    from huggingface_hub import constants
-
-    names = [
-        p.name.removeprefix("models--").replace("--", "/")
-        for p in Path(constants.HF_HUB_CACHE).glob("models--*")
-    ]
-    return "; in the local cache: " + ", ".join(sorted(names)) if names else ""

@@ -3,9 +3,7 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etude import files
 from etude.config.schema import Lora
@@ -13,49 +11,26 @@ from etude.errors import UserError, first_line, nearest, shortage
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 State = dict[str, "torch.Tensor"]
-Alpha = Annotated[float, Field(gt=0)]
 
-
-class Described(BaseModel):
-    """The part of an adapter_config.json that Etude acts upon; what else it asks for is refused."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", strict=True, frozen=True, allow_inf_nan=False
-    )
-    peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"] | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    r: int = Field(8, ge=1)
-    lora_alpha: Alpha = 8
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[str, Alpha] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
-    # How A and B began does not matter once they are read, but the other ways (pissa, olora, corda,
-    # loftq) also change the base.
-    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal"] = True
-
-
-# What PEFT notes and a loaded adapter does not need.
-IGNORED = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size"}
-NOT_FOR_PEFT = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "init_lora_weights",
+# What an adapter_config.json may ask for: anything of these keys,
+TAKEN = {
+    "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "fan_in_fan_out",
+}  # fmt: skip
+# one of these values (the other ways to begin, pissa or olora, also change the base),
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+# and what PEFT notes there and a saved adapter does not need.
+IGNORED = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size"}
 
 
 class Count(NamedTuple):
@@ -88,9 +63,8 @@ def attach(model: Any, settings: Lora, base_name: str, identity: str | None = No
         guesses = [guess for name in unknown if (guess := nearest(name, linear))]
         hint = f"; did you mean {', '.join(guesses)}?" if guesses else "."
         raise UserError(
-            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in "
-            f"{base_name}{hint} "
-            f"It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or "
+            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in {base_name}"
+            f"{hint} It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or "
             "[all-linear]"
         )
     peft_config = LoraConfig(
@@ -116,13 +90,11 @@ def linear_names(model: Any) -> dict[str, int]:
     from transformers.pytorch_utils import Conv1D  # GPT-2's name for a linear layer
 
     head = model.get_output_embeddings()
-    return dict(
-        Counter(
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-        )
-    )
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = [
+        name for name, one in model.named_modules() if isinstance(one, kinds) and one is not head
+    ]
+    return dict(Counter(name.rpartition(".")[2] for name in layers))
 
 
 def count(model: Any) -> Count:
@@ -160,38 +132,33 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def describe(folder: Path) -> Described:
-    """The adapter_config.json in `folder`.
+def describe(folder: Path) -> "LoraConfig":
+    """The adapter_config.json in `folder`, as PEFT reads it.
 
     Raises:
-        UserError: it cannot be read, holds impossible values, or asks for what Etude does not do.
+        UserError: it cannot be read, or asks for what Etude does not do.
     """
+    from peft import LoraConfig, TaskType
+
     file = folder / ADAPTER_CONFIG
     try:
-        described = Described.model_validate(files.read_json(file))
-    except ValidationError as error:
-        faults = {
-            ".".join(str(part) for part in fault["loc"][:1]) or "the file": fault["msg"]
-            for fault in error.errors()
-        }
-        listed = "; ".join(f"{key}: {text}" for key, text in faults.items())
-        raise UserError(
-            f"{file}: not an adapter that Etude can use: {listed:.500}. It takes LoRA adapters of "
-            "causal language models, as PEFT writes them"
-        ) from None
-    except ValueError as error:
+        asked = files.read_json(file)
+        used = {key: value for key, value in asked.items() if key in TAKEN and value is not None}
+        config = LoraConfig(**used, task_type=TaskType.CAUSAL_LM, inference_mode=True)
+    except Exception as error:  # what PEFT stumbles over has no common kind
         raise UserError(
             f"{file}: cannot be read: {first_line(error)}; copy the adapter again"
         ) from None
-    asked = described.model_extra or {}
-    more = sorted(key for key in asked.keys() - IGNORED if asked[key])
-    if more:
+    refused = [key for key, allowed in CHOICES.items() if asked.get(key, allowed[0]) not in allowed]
+    refused += sorted(key for key in asked.keys() - TAKEN - CHOICES.keys() - IGNORED if asked[key])
+    if refused:
+        named = ", ".join(f"{key} {asked[key]!r:.40}" for key in refused)
         raise UserError(
-            f"{file}: {', '.join(more):.300}: Etude does not do this. It takes LoRA adapters that "
-            f"are all in {WEIGHTS}; merge this one with PEFT (merge_and_unload) and give "
-            "the merged folder as model.name"
+            f"{file}: Etude does not do this: {named:.300}. It takes LoRA adapters of causal language "
+            f"models that are all in {WEIGHTS}; merge this one with PEFT (merge_and_unload) and "
+            "give the merged folder as model.name"
         )
-    return described
+    return config
 
 
 def check_base(where: str, trained_on: str | None, identity: str) -> None:
@@ -220,20 +187,16 @@ def load_adapter(model: Any, folder: Path) -> Any:
         UserError: an adapter that is damaged, made for another base, or of which a key is missing,
             extra, misshapen or not finite; all of them are listed.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
-    described, weights = describe(folder), read_weights(folder)
-    options = described.model_dump(
-        include=set(Described.model_fields) - NOT_FOR_PEFT, exclude_none=True
-    )
-    ranks = [described.r, *(described.rank_pattern or {}).values()]
-    largest = max((size for value in weights.values() for size in value.shape), default=0)
-    if max(ranks) > largest:  # before PEFT makes room for it
-        raise _unfit(folder, f"{ADAPTER_CONFIG} has rank {max(ranks)}, and no tensor is so large")
+    config, weights = describe(folder), read_weights(folder)
+    config.base_model_name_or_path = None  # PEFT would warn where the base has another name here
     try:
-        tuned = get_peft_model(
-            model, LoraConfig(**options, task_type=TaskType.CAUSAL_LM, inference_mode=True)
-        )
+        rank = max([config.r, *(config.rank_pattern or {}).values()])
+        if rank > max((size for value in weights.values() for size in value.shape), default=0):
+            # PEFT would make room for it.
+            raise ValueError(f"{ADAPTER_CONFIG} has rank {rank}, and no tensor is so large")
+        tuned = get_peft_model(model, config)
     except Exception as error:  # what PEFT stumbles over has no common kind
         raise _unfit(folder, shortage(error) or first_line(error)) from None
     _set(tuned, weights, folder)
@@ -251,15 +214,9 @@ def read_weights(folder: Path) -> State:
 
     file = folder / WEIGHTS
     if not file.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
         raise UserError(
-            f"{folder}: no {WEIGHTS} in this folder"
-            + (
-                "; adapter_model.bin is pickled, which can run code, and is not read. Where it is trusted, "
-                "PEFT's save_pretrained writes it as safetensors"
-                if pickled
-                else "; copy the adapter again"
-            )
+            f"{folder}: no {WEIGHTS} in this folder (pickled weights, .bin, can run code and are not "
+            "read). Copy the adapter again, or write it again with PEFT: model.save_pretrained(FOLDER)"
         )
     try:
         return load_file(file)
@@ -270,21 +227,16 @@ def read_weights(folder: Path) -> State:
 
 def compare_keys(state: State, expected: State) -> list[str]:
     """What is wrong with the keys, shapes and values of a saved adapter: nothing, or a list of words."""
-    misshapen = [
-        f"{name} is {list(value.shape)}, not {list(expected[name].shape)}"
-        for name, value in state.items()
-        if name in expected
-        and (value.shape != expected[name].shape or not value.is_floating_point())
-    ]
+    shared = [name for name in sorted(state) if name in expected]
     found = {
         "missing": sorted(expected.keys() - state.keys()),
         "extra": sorted(state.keys() - expected.keys()),
-        "misshapen": sorted(misshapen),
-        "not finite": sorted(
-            name
-            for name, value in state.items()
-            if value.is_floating_point() and not value.isfinite().all()
-        ),
+        "misshapen": [
+            f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}"
+            for name in shared
+            if state[name].shape != expected[name].shape
+        ],
+        "not finite": [name for name in shared if not state[name].isfinite().all()],
     }
     return [
         f"{len(names):,} {kind} of {len(expected):,} keys ({', '.join(names[:3])}"

@@ -43,9 +43,6 @@ COMPILED = (
 UNMEASURED = 1.1  # in place of both on a GPU
 LATER = 60e6  # bytes of what is imported and kept after the plan is made
 COMPILER = 250e6  # bytes that torch.compile keeps in the process
-CONVERTING = (
-    1.6  # times a model's float32 bytes while its GGUF file is converted; the sample's was 1.55
-)
 LARGEST = 10 * 134_515_008  # parameters, ten times the sample's: up to there the plan may refuse
 NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
 # Share of the time in which the products of a step run at the speed that they have alone, measured
@@ -260,9 +257,7 @@ def _estimate(
     # The file's pages, unless they become the weights themselves.
     converts = quantization == "nf4" or outline.stored != place.torch_dtype
     reading = stored if host and converts else 0
-    if outline.unconverted:
-        loading = int(CONVERTING * 4 * count) - base
-    elif engine.int8:  # both are held while layer by layer is quantised
+    if engine.int8:  # both are held while layer by layer is quantised
         loading = stored + int(held * judged.peak)
     else:
         loading = reading
