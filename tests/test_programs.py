@@ -136,7 +136,7 @@ def test_a_finished_run_is_never_overwritten(run, tiny_model, files):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_tells_how_to_go_on_and_resume_goes_on(
+def test_a_signal_ends_with_the_command_that_goes_on(
     tiny_model, files, tmp_path, monkeypatch, number, code
 ):
     folder = tmp_path / "run"
@@ -218,7 +218,7 @@ def test_a_second_signal_stops_immediately_and_force_goes_on(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_checkpoints_that_are_all_damaged_are_told(tiny_model, files, tmp_path, monkeypatch):
+def test_a_run_without_a_whole_checkpoint_is_refused(tiny_model, files, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setattr("etude.models.lora.save", lambda *_: 1 / 0)  # no checkpoint can be written
     assert etude(*train_arguments(tiny_model, files, folder)).exit_code == 1
@@ -291,7 +291,7 @@ def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):
     assert result.exit_code == 2, result.output
     assert "the Hub cannot be reached" in result.output
     assert "2,880 rows, format classification, labels negative, neutral, positive" in result.output
-    # The validation is cut from train: its columns are those of train, told once, with its rows.
+    # The validation is cut from train: its columns are those of train, reported once, with its rows.
     assert "train: unused columns: rating (3,200)" in result.output
     assert result.output.count("unused columns") == 1
     result = etude("validate", "config.yml", "dataset.columns={text: rating}", "lora.rr=4")
@@ -304,7 +304,7 @@ def test_validate_reads_the_data_before_it_asks_for_the_model(monkeypatch):
     [
         (["train", "nothing.yml"], "no such file"),
         (["train", "a.yml", "b.yml"], "one name is expected"),
-        (["train", "--preset", "quikstart"], "did you mean quickstart?"),
+        (["train", "--preset", "quikstart"], "there are: cpu"),
         (["train", "--preset", "cpu", "lora.r"], "no such file"),
         (["train", "--preset", "cpu", "model.name=./nothing"], "not a model folder"),
         (["train", "--preset", "cpu", "dataset.train=nothing.jsonl"], "no such file"),
@@ -319,7 +319,7 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(arguments, words, monkeypa
     assert "Traceback" not in result.output
 
 
-def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tiny_model, files, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments in (
         train_arguments(tiny_model, files, tmp_path / "file" / "run"),
@@ -336,12 +336,12 @@ def test_a_folder_that_cannot_be_written_is_told(tiny_model, files, tmp_path):
     [
         (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "full"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the GPU"),
-        (OSError(28, "No space left on device", "runs/x"), "runs/x: the disk is full; free some"),
-        (OSError(122, "Disk quota exceeded"), "the disk quota is used up; free some"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory on the GPU"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: the disk is full, or"),
+        (OSError(122, "Disk quota exceeded"), "the disk is full, or its quota used up; free some"),
     ],
 )
-def test_a_full_machine_is_told_without_a_traceback(error, words, monkeypatch):
+def test_a_full_machine_ends_with_a_sentence_without_a_traceback(error, words, monkeypatch):
     def fail(*_):
         raise error
 

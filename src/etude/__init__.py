@@ -57,10 +57,10 @@ def train(
     Raises:
         UserError: a mistake that a user can fix, in one sentence; KeyboardInterrupt where a signal came.
     """
-    from etude.config.loading import as_overrides, load_config
+    from etude.config.loading import load_config
     from etude.train_with_config import run_training
     from etude.training.reporter import Reporter
 
     presets = [preset] if isinstance(preset, str) else preset
-    made = load_config(config, presets, as_overrides(settings))
+    made = load_config(config, presets, [settings])
     return run_training(made, Reporter(on_step), resume, force)

@@ -373,4 +373,4 @@ def overview(talk: Talk) -> str:
 
 
 if __name__ == "__main__":
-    console.run(chat)
+    typer.run(chat)

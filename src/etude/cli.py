@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from etude import __version__, chat, console, evaluation, files, screen, train_with_config
-from etude.config.loading import check_config, json_schema, to_yaml
+from etude.config.loading import json_schema, load_config, to_yaml
 from etude.config.schema import Config
 from etude.errors import UserError, command
-from etude.files import expanded
 from etude.runs import comparison, listing, proof
-from etude.runs.folder import MANIFEST, free_name, is_taken
+from etude.runs.folder import MANIFEST
 from etude.runs.manifest import current_environment, environment_differences, read_manifest
 from etude.training import planning
 
@@ -150,58 +149,46 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="go on although memory is short")] = False,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
-    reporter = screen.Screen()
-    folder = expanded(str(run))
-    if not (folder / MANIFEST).is_file():
+    if not (run / MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {MANIFEST}), so it cannot be repeated")
-    manifest = read_manifest(folder)
-    try:
-        settings = check_config(manifest["config"], {})
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST}: its config is damaged: {error}") from None
-    whole = folder.resolve()
-    again = expanded(str(out)) if out else whole.with_name(f"{whole.name}-reproduced")
-    if is_taken(again):
-        raise UserError(
-            f"--out: {again} holds what is not an unfinished run, so it is not written to; give another "
-            f"folder: {command('--out', free_name(again))}"
-        )
-    output = settings.output.model_copy(update={"dir": str(again)})
-    settings = settings.model_copy(update={"output": output})
-    elsewhere = environment_differences(manifest.get("environment", {}), current_environment())
-    for difference in elsewhere:
+    manifest = read_manifest(run)
+    again = out or Path(f"{run.resolve()}-reproduced")
+    settings = load_config(None, overrides=[manifest["config"], f"output.dir={again}"])
+    reporter = screen.Screen()
+    differences = environment_differences(manifest.get("environment", {}), current_environment())
+    for difference in differences:
         console.notice(f"since the first training: {difference}")
     done = train_with_config.run_training(settings, reporter, force=force, repeated=manifest)
     train_with_config.show_end(settings, done.results)
-    found = comparison.compare_training(folder, again)
+    found = comparison.compare_training(run, again)
     console.say("losses", found.losses)
     console.say("adapter", found.adapter)
     if found.same:
-        console.say("result", f"{again} is {folder}, bit for bit")
-        return
-    excused = elsewhere or not manifest["base"].get("device", "cpu").startswith("cpu")
-    if excused and found.close:
-        why = "the environment differs" if elsewhere else "a GPU does not add in one order"
+        console.say("result", f"{again} is the same as {run}, bit for bit")
+    elif found.close and (
+        differences or not manifest["base"].get("device", "cpu").startswith("cpu")
+    ):
+        why = "the environment differs" if differences else "a GPU does not add in one order"
+        within = f"the same within {comparison.REPEATED:.0%} of each loss"
+        console.say("result", f"{within}, not bit for bit: {why}")
+    else:
         console.say(
-            "result",
-            f"the same within {comparison.REPEATED:.0%} of each loss, not bit for bit: {why}",
+            "result", f"{again} is not the same as {run}; the figures are above", "bold red"
         )
-        return
-    console.say("result", f"{again} is not {folder}; the figures are above", "bold red")
-    raise typer.Exit(1)
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("etude runs", "etude runs runs/first runs/second"))
 @console.command
 def runs(
     names: Annotated[
-        list[str] | None,
+        list[Path] | None,
         typer.Argument(metavar="[FOLDER | RUN RUN]", help="a folder of runs (runs), or two runs"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List the runs in a folder; or compare two runs: is the first better than the second?"""
-    paths = [expanded(name) for name in names or ["runs"]]
+    paths = names or [Path("runs")]
     if len(paths) > 2:
         raise UserError("command line: give one folder of runs, or two runs to compare")
     if len(paths) == 2:

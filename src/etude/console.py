@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -23,10 +23,6 @@ from etude import distributed, files
 from etude.config.schema import SECTIONS
 from etude.distributed import FIRST, first_to_say
 from etude.errors import Stopped, UserError, causes, shortage
-from etude.files import with_home
-
-if TYPE_CHECKING:
-    from rich import progress
 
 P = ParamSpec("P")
 
@@ -55,7 +51,7 @@ class _Log:
         stream = io.StringIO()
         Console(file=stream, width=100, **PLAIN, color_system=None).print(*objects, **options)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        lines = [printable(line).rstrip() for line in stream.getvalue().split("\n")]
+        lines = [line.rstrip() for line in printable(stream.getvalue()).split("\n")]
         self.lines += [f"{now} {line}\n" for line in lines if line]
         self.write()
 
@@ -73,15 +69,12 @@ _log = _Log()
 
 def start_log() -> None:
     """Begin to keep what is printed: a training begins, and its run has no folder yet."""
-    if _log.file or _log.lines is None:
-        _log.file, _log.lines = None, []
+    _log.file, _log.lines = None, []
 
 
 def log_to(file: Path) -> None:
     """Append to `file` what was printed since `start_log`, and all that follows until the program ends."""
     _log.file = file
-    if _log.lines and file.is_file() and file.stat().st_size:
-        _log.lines.insert(0, "\n")  # a kill may have left half a line
     _log.write()
 
 
@@ -117,13 +110,9 @@ def say(label: str, text: str = "", style: str = "bold") -> None:
 
 
 def notice(text: str) -> None:
-    """Print something that the user should know but need not act on."""
-    say("notice", text, "yellow")
-
-
-def aside(text: str) -> None:
-    """Print a notice on stderr: stdout holds the tables, which may be piped."""
-    err.print(f"notice    {printable(text)}")
+    """Print something that the user should know but need not act on; on stderr, for it is no result."""
+    if FIRST:
+        err.print(Text("notice    ", style="yellow"), printable(text), sep="")
 
 
 def printable(text: str) -> str:
@@ -131,10 +120,9 @@ def printable(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-def _warn(*parts: str | Text) -> None:
-    """Print `parts` as one line on stderr, unless another process has printed the same."""
-    line = Text.assemble(*parts)
-    if first_to_say(line.plain):
+def _warn(line: Text | str) -> None:
+    """Print a line on stderr, unless another process has printed the same."""
+    if first_to_say(str(line)):
         err.print(line)
     else:
         _log.add(line)
@@ -150,7 +138,6 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
-        _log.file = _log.lines = None
         with distributed.on_signals(_end, "SIGTERM", "SIGHUP"):
             try:
                 distributed.check(function.__name__)
@@ -159,6 +146,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 raise
             except (Exception, KeyboardInterrupt) as error:
                 _report(error)
+            finally:
+                _log.file = _log.lines = None
 
     return wrapper
 
@@ -168,7 +157,7 @@ def _report(error: BaseException) -> NoReturn:
     # A library may wrap the interrupt that it met, in the middle of an import say.
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
-            _warn("\n", str(cause) or "stopped")
+            _warn(f"\n{cause}" if str(cause) else "\nstopped")
             raise typer.Exit(cause.code if isinstance(cause, Stopped) else INTERRUPTED) from None
     problem = str(error) if isinstance(error, UserError) else shortage(error)
     if not problem and isinstance(error, OSError):  # no such folder, a name too long
@@ -176,7 +165,7 @@ def _report(error: BaseException) -> NoReturn:
     if not problem:
         _log.add(traceback.format_exc())
         raise error
-    _warn(Text("error: ", style="bold red"), printable(problem))
+    _warn(Text.assemble(("error: ", "bold red"), printable(problem)))
     raise typer.Exit(USER_ERROR) from None
 
 
@@ -188,13 +177,6 @@ def _end(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def run(function: Callable[..., None]) -> None:
-    """Run one program as `python -m etude.<program>`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
-    app()
-
-
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Split positional arguments into at most one name and ``section.key=value`` settings.
 
@@ -202,7 +184,7 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
         UserError: more than one name.
     """
     settings = [argument for argument in arguments if _is_setting(argument)]
-    names = [with_home(argument) for argument in arguments if argument not in settings]
+    names = [os.path.expanduser(argument) for argument in arguments if argument not in settings]
     if len(names) > 1:
         raise UserError(
             f"command line: one name is expected, not {len(names)} ({', '.join(names)}); "
@@ -228,11 +210,6 @@ class _Notices(logging.Handler):
 
 def _quiet() -> None:
     """Print our own notices on stderr, and none of the libraries' progress bars and warnings."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed (`>&-`): a file would get its number, and what libraries print
-            os.open(os.devnull, os.O_RDWR)
     logger = logging.getLogger("etude")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -246,18 +223,12 @@ def _quiet() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _progress(*columns: Any, **options: Any) -> "progress.Progress":
-    """A live display on stderr, where that is a terminal."""
-    from rich import progress
-
-    hidden = not (FIRST and err.is_terminal)
-    return progress.Progress(*columns, console=err, disable=hidden, **options)
-
-
 @contextlib.contextmanager
 def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, shown on a terminal only; yields the function that advances it."""
-    with _progress(transient=True) as display:
+    """A progress bar on stderr, where that is a terminal; yields the function that advances it."""
+    from rich.progress import Progress
+
+    with Progress(console=err, disable=not (FIRST and err.is_terminal), transient=True) as display:
         task = display.add_task(label, total=total)
         yield lambda steps: display.advance(task, steps)
 
@@ -269,16 +240,16 @@ def training_progress(every: int) -> Iterator[Callable[[int, int, float, float, 
     Yields the function that shows a finished step: its number, how many there are, its loss, tokens/s
     and the seconds left.
     """
-    from rich import progress
+    from rich.progress import BarColumn, Progress
 
-    columns = "step {task.completed}/{task.total}", progress.BarColumn(), "{task.fields[facts]}"
-    with _progress(*columns) as display:
-        task = display.add_task("", total=None, facts="")
+    hidden = not (FIRST and err.is_terminal)
+    with Progress(BarColumn(), "{task.description}", console=err, disable=hidden) as display:
+        task = display.add_task("", total=None)
 
         def show(step: int, steps: int, loss: float, speed: float, left: float) -> None:
-            facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
-            display.update(task, completed=step, total=steps, facts=facts)
+            line = f"step {step}/{steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
+            display.update(task, completed=step, total=steps, description=line)
             if FIRST and (step % every == 0 or step in (1, steps)):
-                (_log.add if err.is_terminal else err.print)(f"step {step}/{steps}  {facts}")
+                (_log.add if err.is_terminal else err.print)(line)
 
         yield show

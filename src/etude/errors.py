@@ -45,28 +45,15 @@ def first_line(error: Exception) -> str:
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The exception, what it was raised from, what that was raised from, and so on."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-LOWER = "lower training.batch_size, dataset.max_length or evaluation.batch_size"
-REFUSED = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "the disk quota is used up; free some space",
-    **{
-        number: f"{os.strerror(number)}; check who may read and write there"
-        for number in (errno.EROFS, errno.EACCES, errno.EPERM)
-    },
-}
 # Libraries write the system's number, or words of their own, in place of an OSError.
-NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
-MEMORY_WORDS = re.compile("(can't|cannot|unable to) allocate|out of memory|failed to map", re.I)
-DISK_WORDS = re.compile("no space left|file write failed", re.I)
-# The folders that libraries fill, by the variable that moves them.
-CACHES = {"ETUDE_CACHE": "~/.cache/etude", "HF_HOME": "~/.cache/huggingface"}
+NUMBER = re.compile(r"(?:\[Errno |\(os error )(\d+)")
+NO_MEMORY = re.compile("(can't|cannot|unable to) allocate|out of memory|failed to map", re.I)
+NO_SPACE = re.compile("no space left|file write failed", re.I)
 
 
 def shortage(error: BaseException, place: str | Path | None = None) -> str:
@@ -75,50 +62,33 @@ def shortage(error: BaseException, place: str | Path | None = None) -> str:
     `place` is where it was writing, for errors that do not say.
     """
     for cause in causes(error):
-        number = _system_error(cause)
-        if number == errno.ENOMEM:
-            if type(cause).__name__ == "OutOfMemoryError" or "CUDA" in str(cause):
-                return f"out of memory on the GPU; {LOWER}, or set training.gradient_checkpointing: true"
+        if isinstance(cause, UserError):  # has its own message
+            continue
+        text, number = str(cause), getattr(cause, "errno", None)
+        if number is None and (found := NUMBER.search(text)):
+            number = int(found[1])
+        # By name: importing torch for its class would slow every start.
+        on_gpu = type(cause).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text
+        no_memory = isinstance(cause, MemoryError) or number == errno.ENOMEM
+        if on_gpu or no_memory or NO_MEMORY.search(text):
             return (
-                f"not enough memory; end other programs, {LOWER}, set model.quantization: int8, "
-                "or take a smaller model.name"
+                f"not enough memory{' on the GPU' * on_gpu}; end other programs, lower "
+                "training.batch_size, dataset.max_length or evaluation.batch_size, set "
+                "training.gradient_checkpointing: true or model.quantization: int8, or take a "
+                "smaller model.name"
             )
-        if number in REFUSED:
-            where = str(getattr(cause, "filename", None) or place or "")
-            problem = f"{where}: {REFUSED[number]}" if where else REFUSED[number]
-            for variable, usual in CACHES.items():
-                cache = os.path.expanduser(os.environ.get(variable) or usual)
-                if where and Path(os.path.abspath(where)).is_relative_to(cache):
-                    problem += f", or set {variable} to another folder"
-            return problem
+        file = getattr(cause, "filename", None) or place
+        where = f"{file}: " if file else ""
+        if number in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE.search(text):
+            return (
+                f"{where}the disk is full, or its quota used up; free some space (HF_HOME and "
+                "ETUDE_CACHE move the libraries' caches elsewhere)"
+            )
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"{where}{os.strerror(number)}; check who may read and write there"
     return ""
 
 
-def _system_error(error: BaseException) -> int:
-    """The system's number for what it refused (errno), by number or words; 0 for all else."""
-    text = str(error)
-    if isinstance(error, UserError):  # has its own message
-        return 0
-    # By name: importing torch for its class would slow every start.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return errno.ENOMEM
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    if found := NUMBER.search(text):
-        return int(found[1] or found[2])
-    if MEMORY_WORDS.search(text):
-        return errno.ENOMEM
-    return errno.ENOSPC if DISK_WORDS.search(text) else 0
-
-
 def command(*words: object) -> str:
-    """A command as a shell takes it: quoted where needed, no Path read as an option or setting."""
-    return shlex.join(_word(word) for word in words)
-
-
-def _word(word: object) -> str:
-    text = str(word)
-    # A name that begins like an option, or like a setting (key=value), is given with its folder.
-    if isinstance(word, Path) and (text.startswith("-") or "=" in "".join(word.parts[:1])):
-        return os.path.join(os.curdir, text)
-    return text
+    """A command as a shell takes it: quoted where needed."""
+    return shlex.join(map(str, words))

@@ -10,7 +10,6 @@ import typer
 from etude import console
 from etude.conversation.renderer import RenderError
 from etude.errors import UserError
-from etude.files import expanded
 from etude.measure import labels, responses
 from etude.model import Model, read_table
 from etude.models import lora
@@ -46,7 +45,7 @@ def evaluate(
     # Config and data first: their faults show before a model is loaded.
     refuse_live(name)
     settings = opening.open_config(name, overrides)
-    if base and not lora.is_adapter(expanded(name)):
+    if base and not lora.is_adapter(Path(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
     if text is not None:
         if not text.strip() or data_file or out:
@@ -75,7 +74,7 @@ def evaluate(
             }
         result = evaluations.assemble(name, settings, table, measured)
         for notice in report.overridden(result):
-            console.aside(notice)
+            console.notice(notice)
         report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         console.out.print(block)
@@ -86,8 +85,8 @@ def models(name: str, overrides: list[str], with_base: bool) -> Iterator[tuple[s
     """The models to measure, one after the other in the same memory: base, then tuned."""
     target = opening.open_target(name, overrides)
     console.err.print(f"device    {target.base.device.why}")
-    for difference in changes_since(expanded(name)):
-        console.aside(f"since the training: {difference}")
+    for difference in changes_since(Path(name)):
+        console.notice(f"since the training: {difference}")
     if with_base:
         yield "base", Model(target, target.base.model)
     yield ("tuned" if target.adapter else "model"), Model(target, target.tuned())
@@ -119,4 +118,4 @@ def show_text(model: Model, text: str) -> None:
 
 
 if __name__ == "__main__":
-    console.run(evaluate)
+    typer.run(evaluate)

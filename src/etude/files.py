@@ -10,7 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 UNFINISHED = ".unfinished-"  # begins the name of what a kill leaves behind
 TEXT_LIMIT = 256 * 2**20  # bytes of a JSON file
@@ -35,11 +35,7 @@ def clear(folder: Path) -> None:
 def scratch(folder: Path) -> Iterator[Path]:
     """A new folder in `folder` to make files in; what is still in it at the end is deleted with it."""
     work = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
-    try:
-        work.mkdir()
-    except OSError as error:
-        error.filename = str(folder)  # the name that the user knows
-        raise
+    work.mkdir()
     try:
         yield work
     finally:
@@ -114,20 +110,12 @@ def usual_mode(path: Path) -> None:
 
 
 def expanded(name: str) -> Path:
-    """The path that a user typed, see `with_home`."""
-    return Path(with_home(name))
+    """The path that a user typed, with ~ for the home; of a user who does not exist, unchanged."""
+    return Path(os.path.expanduser(name))
 
 
-def with_home(name: str) -> str:
-    """A name with ~ for a home; of a user who does not exist, unchanged. "./x" stays "./x"."""
-    try:
-        return os.path.expanduser(name)
-    except ValueError:  # half a character in the user's name
-        return name
-
-
-def open_bytes(path: Path, limit: int) -> BinaryIO:
-    """A regular file, open to read its bytes: a pipe, a device or a folder would hang or never end.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file: a pipe, a device or a folder would hang or never end.
 
     Raises:
         OSError: not there, no regular file, or larger than `limit` bytes.
@@ -138,17 +126,7 @@ def open_bytes(path: Path, limit: int) -> BinaryIO:
     if facts.st_size > limit:
         size = f"{facts.st_size:,} bytes, and at most {limit:,} are read"
         raise OSError(errno.EFBIG, size, str(path))
-    return path.open("rb")
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file, as `open_bytes` opens it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open_bytes(path, limit) as stream:
-        return stream.read()
+    return path.read_bytes()
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
@@ -168,10 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(read_text(path))
-    except OSError as error:
-        raise ValueError(error.strerror) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    except (OSError, RecursionError) as error:
+        raise ValueError(getattr(error, "strerror", "nested too deeply")) from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from etude.config.loading import as_overrides
 from etude.config.schema import Config, Generation
 from etude.conversation.history import Conversation, fit
 from etude.conversation.renderer import Message, RenderError
@@ -31,7 +30,7 @@ def load(run_or_model: str, **settings: dict[str, Any]) -> "Model":
         UserError: not there, not whole, or a setting that is not allowed.
     """
     refuse_live(run_or_model)
-    target = opening.open_target(run_or_model, as_overrides(settings))
+    target = opening.open_target(run_or_model, [settings])
     return Model(target, target.tuned())
 
 

@@ -13,9 +13,6 @@ from etude.data import dataset
 from etude.runs import report
 from etude.training.reporter import OnStep, Reporter
 
-# Around supervised text and control tokens, where there is no colour.
-BRACKETS = ("⟦⟧", "⟪⟫", "⦃⦄", "⦅⦆", "⟨⟩")
-
 
 class Screen(Reporter):
     """Prints what a training reports, and keeps it for the run's train.log."""
@@ -65,28 +62,14 @@ class Screen(Reporter):
 
 
 def show_example(number: int, example: Example, tokenizer: Any) -> None:
-    """Print an example with its supervised part and its control tokens marked.
-
-    Where there is no colour, brackets mark them; control tokens only if its text spells some.
-    """
-    stretches = list(dataset.spans(example, tokenizer))
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    typed = "\0".join(text for text, _, control in stretches if not control)
-    mark = any(token in typed for token in special)
+    """Print an example, its supervised part in green or, where there is no colour, in ⟦ ⟧."""
+    console.say("example", f"{number}, the supervised part marked:")
     coloured = console.out.is_terminal and console.out.color_system is not None
-    whole = "".join(text for text, _, _ in stretches)
-    # Brackets that the text does not hold, so that they cannot be its own.
-    outer, inner, *_ = [pair for pair in BRACKETS if not set(pair) & set(whole)] + [*BRACKETS]
-    tokens = ", control tokens too" if coloured else f" {outer}, control tokens {inner}"
-    console.say("example", f"{number}, the supervised part marked{tokens if mark else ''}:")
     line, inside = Text(), False
-    for text, supervised, control in [*stretches, ("", False, False)]:
-        style = "green underline" if supervised else "dim"
-        if control and coloured:
-            style = "bold " + style.replace("dim", "cyan")
-        if not coloured:
-            text = f"{inner[0]}{text}{inner[1]}" if control and mark else text
-            text = outer[inside] + text if supervised != inside else text
+    for text, supervised, control in [*dataset.spans(example, tokenizer), ("", False, False)]:
+        if supervised != inside and not coloured:
+            text = ("⟦" if supervised else "⟧") + text
         inside = supervised
-        line.append(console.printable(text), style=style)
+        style = "green underline" if supervised else "dim"
+        line.append(console.printable(text), style="bold " + style if control else style)
     console.out.print(line)

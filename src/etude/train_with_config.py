@@ -15,7 +15,6 @@ from etude.config.schema import Config
 from etude.data import dataset
 from etude.engine.setup import configure_engine
 from etude.errors import UserError, command
-from etude.files import expanded
 from etude.models import device, loading, lora
 from etude.runs import card, manifest, opening, plots, proof
 from etude.runs import folder as run
@@ -111,7 +110,7 @@ def run_training(
     """
     training = settings.training
     distributed.check_launcher("fp16" if training.fp16 else "bf16" if training.bf16 else "no")
-    folder = expanded(settings.output.dir)
+    folder = Path(settings.output.dir)
     resuming.refuse_taken(folder)
     # One of several processes writes for all.
     lock = run.locked(folder) if distributed.FIRST else contextlib.nullcontext()
@@ -259,4 +258,4 @@ def show_end(settings: Config, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    console.run(train)
+    typer.run(train)

@@ -132,9 +132,9 @@ def test_presets_that_ship_with_etude_load():
         assert preset_path(name).parent == folder
 
 
-def test_unknown_preset_names_the_nearest():
+def test_an_unknown_preset_is_refused_with_those_there_are():
     text = refusal(None, presets=["quikstart"])
-    assert "--preset quikstart" in text and "did you mean quickstart?" in text and "cpu" in text
+    assert "--preset quikstart" in text and "there are: cpu," in text and "quickstart" in text
 
 
 @pytest.mark.parametrize("text", ["lora.r", "r=8", "=8", "lora.=8", ".r=8", ""])
@@ -207,15 +207,15 @@ BROKEN = {
     ),
     "near-choice": ("training:\n  lr_scheduler: cosin\n", 2, "did you mean cosine?"),
     "item": (
-        "lora:\n  target_modules:\n    - q_proj\n    - 7\n", 4,
+        "lora:\n  target_modules:\n    - q_proj\n    - 7\n", 2,
         "lora.target_modules.1: 7 is not text",
     ),
-    "scalar-section": ("lora: 8\n", 1, "a section with keys of its own is expected here, not 8"),
+    "scalar-section": ("lora: 8\n", 1, "lora: 8 is not a section with keys of its own"),
     "tag": (
         "model:\n  name: !!python/object/apply:os.system ['touch HACKED']\n", 2,
-        "tags (tag:yaml.org,2002:python/object/apply:os.system) are not supported",
+        "tags (!name) and aliases (*name) are not supported",
     ),
-    "usual-tag": ("training:\n  use_cpu: !!bool maybe\n", 2, "tags (tag:yaml.org,2002:bool) are not supported"),
+    "usual-tag": ("training:\n  use_cpu: !!bool maybe\n", 2, "tags (!name) and aliases (*name) are not supported"),
     "alias": ("model: &m\n  name: x\nlora: *m\n", 3, "aliases (*name) are not supported"),
     "tab": ("lora:\n\tr: 8\n", 2, "not valid YAML: found character '\\t' that cannot start any token"),
     "open-quote": ("model:\n  name: 'x\n", 3, "not valid YAML"),
@@ -223,8 +223,8 @@ BROKEN = {
     "list-on-top": ("- lora\n- model\n", None, "sections with keys are expected, not a list"),
     "text-on-top": ("hello\n", None, "sections with keys are expected, not a str"),
     "two-documents": ("lora:\n  r: 8\n---\nlora:\n  r: 9\n", 3, "not valid YAML"),
-    "number-as-key": ("lora:\n  8: r\n", 2, "'8' is not a name"),
-    "list-as-key": ("lora:\n  [a]: r\n", 2, "is not a name"),
+    "number-as-key": ("lora:\n  8: r\n", 2, "lora.8: unknown key"),
+    "list-as-key": ("lora:\n  [a]: r\n", 2, "unknown key"),
     "zero-byte": ("lora:\n  r: 8\n# \x00\n", None, "not valid YAML"),
     "infinite": ("training:\n  learning_rate: 1e999\n", 2, "training.learning_rate: inf should be a finite number"),
 }  # fmt: skip
@@ -250,9 +250,7 @@ def test_a_tag_would_have_run_under_an_unsafe_loader(tmp_path, monkeypatch):
 
 
 CONTRADICTIONS = {
-    "fp16-cpu": (["training.fp16=true", "training.use_cpu=true"], "training.fp16", "float16 needs a GPU"),
     "fp16-bf16": (["training.fp16=true", "training.bf16=true"], "training.fp16", "exclude each other"),
-    "float16-cpu": (["model.dtype=float16", "training.use_cpu=true"], "model.dtype", "float16 needs a GPU"),
     "warmup": (
         ["training.max_steps=5", "training.warmup_steps=5"], "training.warmup_steps",
         "warm-up of 5 steps is not shorter",
@@ -291,16 +289,17 @@ def test_the_keys_of_a_contradiction_stand_well_alone():
 
 
 def test_all_faults_are_reported_together(write):
-    path = write(
-        "model:\n  nme: x\nlora:\n  r: 0\n  dropout: 2\ntraining:\n  fp16: true\n  bf16: true\n"
-        "evaluation:\n  fair_threshold: 0.9\n"
-    )
+    contradictory = "training:\n  fp16: true\n  bf16: true\nevaluation:\n  fair_threshold: 0.9\n"
+    path = write(contradictory + "model:\n  nme: x\nlora:\n  r: 0\n  dropout: 2\n")
     message = refusal(path)
-    assert "has 5 faults" in message
-    for line, key in [(2, "model.nme"), (4, "lora.r"), (5, "lora.dropout"), (7, "training.fp16")]:
+    assert "has 3 faults" in message and "etude init" in message
+    for line, key in [(7, "model.nme"), (9, "lora.r"), (10, "lora.dropout")]:
         assert f"  {path}:{line}: {key}: " in message
-    assert f"  {path}:10: evaluation.fair_threshold: " in message
-    assert "etude init" in message
+    # What contradicts each other is known of values that are each right.
+    message = refusal(write(contradictory))
+    assert "has 2 faults" in message
+    for line, key in [(2, "training.fp16"), (5, "evaluation.fair_threshold")]:
+        assert f"  {path}:{line}: {key}: " in message
 
 
 def test_files_that_are_no_text(write, tmp_path):
@@ -318,7 +317,7 @@ def test_a_section_without_keys_means_its_defaults(write):
 
 
 def test_deep_nesting_is_an_error_not_a_crash(write):
-    assert "nested too deeply" in refusal(write("a: " + "[" * 5000))
+    assert "recursion" in refusal(write("a: " + "[" * 5000))
     for depth in range(50, 1000, 50):
         refusal(write("a: " + "[" * depth + "]" * depth))
 

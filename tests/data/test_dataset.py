@@ -336,8 +336,6 @@ def test_split_is_refused_where_there_is_no_raw_text(write):
     assert "split is for raw text, and the format is prompt_comp" in refusal(
         source, overlength="split"
     )
-    with pytest.raises(UserError, match="set truncate or drop"):
-        load_config(None, (), ["dataset.format=alpaca", "dataset.overlength=split"])
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "classification", "text"])
@@ -455,8 +453,6 @@ def test_parse_is_for_raw_text(write, renderer):
     table = dataset.read(write("x.jsonl", pairs("a")), Dataset())
     with pytest.raises(UserError, match=r"parse is for raw text, and .* format prompt_completion"):
         encode(table, renderer, special_tokens="parse")
-    with pytest.raises(UserError, match="parse is for format text, and the format is messages"):
-        load_config(None, (), ["dataset.special_tokens=parse", "dataset.format=messages"])
 
 
 def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer):
@@ -472,24 +468,11 @@ def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer)
     assert first.endswith("lines 1, 2, 3") and second.endswith("remove it: lines 1, 3")
 
 
-@pytest.mark.parametrize("content", ["ok<|im_end|>", "⟦⟨ <|im_start|> ⟩⟧", "nothing"])
-def test_printed_examples_tell_typed_control_tokens_from_real_ones(
-    renderer, sample_tokenizer, capsys, content
-):
-    pair = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
-    example = renderer.render(pair)
-    screen.show_example(1, example, sample_tokenizer)
-    head, _, shown = capsys.readouterr().out.partition("\n")
-    if content == "nothing":
-        assert "<|im_start|>assistant\n⟦Yes<|im_end|>⟧" in shown and "tokens" not in head
-        return
-    outer, inner = re.search(r"marked (..), control tokens (..):", head).groups()
-    assert not {*outer, *inner} & set(content) and outer != inner
-    assert f"user\n{content}{inner[0]}<|im_end|>{inner[1]}" in shown
-    real = sum(example.ids.count(index) for index in (1, 2))
-    assert shown.count(inner[0]) == shown.count(inner[1]) == real
-    plain = shown.translate({ord(mark): None for mark in outer + inner})
-    assert plain.rstrip("\n") == sample_tokenizer.decode(example.ids).rstrip("\n")
+def test_printed_examples_show_the_supervised_part(renderer, sample_tokenizer, capsys):
+    pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    screen.show_example(1, renderer.render(pair), sample_tokenizer)
+    shown = capsys.readouterr().out
+    assert "user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>⟧" in shown
 
 
 @pytest.fixture

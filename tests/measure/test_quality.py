@@ -66,10 +66,9 @@ CODE = "Here is the function:\n\n```python\ndef add(a, b):\n    return a + b\n``
         ),
         (quality.format, (EXPLAIN, TREE), (EXPLAIN, TREE + "\nuser\nAnd animals?")),
         (quality.format, ("Add", CODE), ("Add", CODE.removesuffix("```"))),
-        (quality.format, ("Say", "One (two) :( :'("), ("Say", "One (two")),
+        (quality.format, ("Say", "One (two) :) 1)"), ("Say", "One (two")),
         (quality.format, ("Say", "a[0] and 1) b"), ("Say", "a 0] and 1) b")),
         (quality.format, ("Say", 'He said "no".'), ("Say", 'He said "no.')),
-        (quality.format, ("Say", "He is 5'11\" tall."), ("Say", '"He is tall.')),
         (quality.format, ("Say", "Un café où l'été dure."), ("Say", "Un cafÃ© où l'été dure.")),
         (quality.format, ("Say", "Fine 😀"), ("Say", "Fine \ufffd")),
         (quality.format, ("Reply in JSON.", '{"a": 1}'), ("Reply in JSON.", "a is 1")),
@@ -82,7 +81,7 @@ CODE = "Here is the function:\n\n```python\ndef add(a, b):\n    return a + b\n``
         (quality.format, ("Use bullet points", "- a\n- b"), ("Use bullet points", "a and b")),
     ],
 )
-def test_each_heuristic_tells_good_from_bad(heuristic, good, bad):
+def test_each_heuristic_scores_good_above_bad(heuristic, good, bad):
     assert heuristic(*good) >= 0.9
     assert heuristic(*bad) <= 0.67
 

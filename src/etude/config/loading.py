@@ -4,8 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -14,11 +13,14 @@ from etude.config.schema import SECTIONS, Config, Section, contradictions
 from etude.config.yaml import KeyPath, Layer, parse_value, read_yaml, scalar
 from etude.errors import UserError, nearest
 
+# ``lora.r=8`` as typed, or settings by section as Python gives them: ``{"lora": {"r": 8}}``.
+Override = str | Mapping[str, Any]
+
 
 def load_config(
-    path: str | Path | None, presets: Sequence[str] = (), overrides: Sequence[str] = ()
+    path: str | Path | None, presets: Sequence[str] = (), overrides: Sequence[Override] = ()
 ) -> Config:
-    """Read config.yml, apply presets and ``key=value`` overrides on top, and check everything.
+    """Read config.yml, apply presets and overrides on top, and check everything.
 
     Later layers win key by key. `path` None starts from the defaults.
 
@@ -27,7 +29,10 @@ def load_config(
     """
     layers = [] if path is None else [read_yaml(Path(path))]
     layers += [read_yaml(preset_path(name)) for name in presets]
-    layers += [parse_override(text) for text in overrides]
+    layers += [
+        parse_override(item) if isinstance(item, str) else Layer(dict(item), {})
+        for item in overrides
+    ]
     values: dict[str, Any] = {}
     origin: dict[KeyPath, str] = {}
     for layer in layers:
@@ -42,47 +47,26 @@ def check_config(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
     """Validate plain values against the schema; `origin` has the place where each key was written.
 
     Raises:
-        UserError: all faults of form and all contradictions between keys, one a line.
+        UserError: all faults of form, or else all contradictions between keys, one a line.
     """
-    faults: dict[KeyPath, str] = {}
+    faults: list[tuple[KeyPath, str]]
     try:
         config = Config.model_validate(values)
+        faults = [(tuple(key.split(".")), problem) for key, problem in contradictions(config)]
+        if not faults:
+            return config
     except ValidationError as error:
-        faults = {tuple(item["loc"]): _explain(item) for item in error.errors()}
-        # The keys at fault fall back to their defaults, so that contradictions elsewhere show too.
-        config = Config.model_validate(_without(values, {loc[:2] for loc in faults}))
-    wrong = {".".join(map(str, loc[:2])) for loc in faults}
-    for keys, problem in contradictions(config):
-        if not wrong.intersection(keys):
-            faults.setdefault(tuple(keys[0].split(".")), problem)
-    if not faults:
-        return config
-    # In the order of the file, in which `origin` was filled.
-    order = {path: number for number, path in enumerate(origin)}
-    places = sorted((order.get(_around(loc, origin), -1), loc) for loc in faults)
+        faults = [(item["loc"], _explain(item)) for item in error.errors()]
+    lines = []
+    for loc, problem in faults:
+        # Where the key was written, or the nearest one around it.
+        written = [origin[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origin]
+        lines.append("  " + ": ".join([*written[:1], ".".join(map(str, loc)), problem]))
+    count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
     raise UserError(
-        f"The configuration has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}:\n"
-        + "".join(
-            f"  {f'{origin[near]}: ' if (near := _around(loc, origin)) else ''}"
-            f"{'.'.join(map(str, loc))}: {faults[loc]}\n"
-            for _, loc in places
-        )
-        + "Fix these and rerun; `etude init` writes a config.yml that explains every key."
+        "\n".join([f"The configuration has {count}:", *lines])
+        + "\nFix these and rerun; `etude init` writes a config.yml that explains every key."
     )
-
-
-def _without(values: dict[str, Any], bad: set[KeyPath]) -> dict[str, Any]:
-    """A copy of the two-level `values` without the keys (or whole sections) that are `bad`."""
-    return {
-        section: {key: value for key, value in keys.items() if (section, key) not in bad}
-        for section, keys in values.items()
-        if (section,) not in bad
-    }
-
-
-def _around(loc: KeyPath, origin: dict[KeyPath, str]) -> KeyPath:
-    """The key, or the nearest one around it, that was written somewhere; empty if none was."""
-    return next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in origin), ())
 
 
 KINDS = {
@@ -92,6 +76,7 @@ KINDS = {
     "string_type": "is not text",
     "list_type": "is not a list; write [a, b]",
     "dict_type": "is not a mapping; write {a: b}",
+    "model_type": "is not a section with keys of its own",
 }
 
 
@@ -100,15 +85,12 @@ def _explain(item: ErrorDetails) -> str:
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         return _unknown(*map(str, item["loc"]))
-    shown = repr(value) if len(repr(value)) < 60 else f"{value!r:.57}..."
-    if kind == "model_type":
-        return f"a section with keys of its own is expected here, not {shown}"
     message = item["msg"].replace("Input should", "should").replace("Value error, ", "")
-    text = f"{shown} {KINDS.get(kind, message)}".replace("True or False", "true or false")
-    if kind in ("float_type", "int_type") and re.fullmatch(r"'[-+.\de]+'", shown):
+    text = f"{value!r:.60} {KINDS.get(kind, message)}".replace("True or False", "true or false")
+    if kind in ("float_type", "int_type") and isinstance(value, str):
         text += " (write it without quotes)"
-    if kind == "literal_error" and isinstance(value, str):
-        guess = nearest(value, re.findall(r"'([^']+)'", message))
+    if kind == "literal_error":
+        guess = nearest(str(value), re.findall(r"'([^']+)'", message))
         text += f"; did you mean {guess}?" if guess else ""
     return text
 
@@ -116,18 +98,15 @@ def _explain(item: ErrorDetails) -> str:
 def _unknown(first: str, *rest: str) -> str:
     """What to say of an unknown section `first`, or of an unknown key in it."""
     name = rest[0] if rest else first
-    keys = [key.split(".") for key in key_paths()]
     # The same key in another section is a likelier slip than a look-alike beside it.
-    guesses = [f"{section}.{key}" for section, key in keys if key == name]
-    known = {key: f"{section}.{key}" for section, key in keys if not rest or section == first}
-    if not rest:
-        known |= {section: section for section in SECTIONS}
-    near = nearest(name, known)
+    guesses = [key for key in key_paths() if key.endswith(f".{name}")]
+    near = nearest(name, SECTIONS[first].model_fields if rest else SECTIONS)
     if near and not guesses:
-        guesses = [known[near]]
+        guesses = [f"{first}.{near}" if rest else near]
     if guesses:
         return f"unknown key; did you mean {' or '.join(guesses)}?"
-    return f"unknown key; known here: {', '.join(known if rest else SECTIONS)}"
+    known = SECTIONS[first].model_fields if rest else SECTIONS
+    return f"unknown key; known here: {', '.join(known)}"
 
 
 def key_paths() -> Iterator[str]:
@@ -149,8 +128,8 @@ def value_at(config: Config, key: str) -> object:
 def parse_override(text: str) -> Layer:
     """Read one ``section.key=value`` from the command line.
 
-    The value of a key that takes text is that text as it stands; only where the key may be null, null or
-    nothing means that, and "null" in double quotes the word. Every other value is YAML.
+    The value of a key that takes text is that text as it stands, but null or nothing is null where the
+    key may be null. Every other value is YAML.
 
     Raises:
         UserError: not of that form.
@@ -165,42 +144,13 @@ def parse_override(text: str) -> Layer:
             + (f"; did you mean {' or '.join(meant)}?" if meant else "")
         )
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
-    kinds = _kinds(field.annotation) if field else {str}  # an unknown key is the fault
     value: Any = written
-    if not kinds <= {str, NoneType}:
+    if field and field.annotation == (str | None) and written in ("", "null"):
+        value = None
+    elif field and field.annotation not in (str, str | None):
         value = parse_value(written, f"command line ({text:.200})")
-    elif NoneType in kinds:
-        value = {"null": None, "": None, '"null"': "null"}.get(written, written)
     place = "command line"
     return Layer({section: {name: value}}, {(section,): place, (section, name): place})
-
-
-def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings given by section in Python, `{"lora": {"r": 8}}`, as ``section.key=value``.
-
-    Raises:
-        UserError: a section that is no mapping of keys to values.
-    """
-    for section, keys in settings.items():
-        if not isinstance(keys, Mapping):
-            raise UserError(
-                f"{section}: settings are given by section, for example {section}={{...}}, "
-                'as in lora={"r": 8}'
-            )
-    return [
-        f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for section, keys in settings.items()
-        for key, value in keys.items()
-    ]
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that a value of `annotation` may have, those of Literal's values among them."""
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    if get_origin(annotation) in (Union, UnionType):
-        return set().union(*map(_kinds, get_args(annotation)))
-    return {annotation}
 
 
 PRESETS = Path(__file__).parent / "presets"
@@ -219,13 +169,10 @@ def preset_path(name: str) -> Path:
     """
     if name.endswith((".yml", ".yaml")):
         return Path(name)
-    known = preset_names()
-    if name not in known:
-        guess = nearest(name, known)
+    if name not in preset_names():
         raise UserError(
-            f"command line: --preset {name}: no such preset; "
-            + (f"did you mean {guess}? " if guess else "")
-            + f"There are: {', '.join(known)}; or give the path of a .yml file"
+            f"command line: --preset {name}: no such preset; there are: {', '.join(preset_names())}; "
+            "or give the path of a .yml file"
         )
     return PRESETS / f"{name}.yml"
 

@@ -1,13 +1,12 @@
 """The typed schema of config.yml: the one home of every default, and of what excludes each other."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
-
-from etude.files import with_home
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -23,8 +22,8 @@ def normal_label(label: str) -> str:
 Label = Annotated[str, AfterValidator(normal_label)]
 
 
-def _path(name: str | None) -> str | None:
-    return name and with_home(name)
+def _with_home(name: str | None) -> str | None:
+    return name and os.path.expanduser(name)
 
 
 class Section(BaseModel):
@@ -42,8 +41,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _fit(cls, value: Any) -> Any:
-        # No file name and no library takes NUL or half a character (a byte that is not UTF-8).
+    def _plain(cls, value: Any) -> Any:
+        # No file and no library takes NUL or half a character (a byte that is not UTF-8).
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             raise ValueError("holds a NUL or half a character; write plain text")
         return value
@@ -62,7 +61,7 @@ class Model(Section):
     """int8 | nf4 | null: train on an int8 base (faster, a quarter of the memory), or a 4-bit one (QLoRA, for a GPU)"""
     chat_template: str | None = None
     """a .jinja file in place of the tokenizer's own chat template"""
-    _paths = field_validator("name", "chat_template")(_path)
+    _home = field_validator("name", "chat_template")(_with_home)
 
 
 class Lora(Section):
@@ -117,7 +116,7 @@ class Dataset(Section):
     """truncate | drop | split: what happens to longer ones; null splits raw text and truncates the rest"""
     max_rows: Positive | None = None
     """draw that many rows of train by seed, before the validation is cut; null: all"""
-    _paths = field_validator("train", "validation", "test")(_path)
+    _home = field_validator("train", "validation", "test")(_with_home)
 
     @field_validator("labels")
     @classmethod
@@ -228,7 +227,7 @@ class Output(Section):
 
     dir: Name = "runs/default"
     """the run's folder; an existing one is never overwritten"""
-    _paths = field_validator("dir")(_path)
+    _home = field_validator("dir")(_with_home)
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """also report to: tensorboard, wandb, mlflow, trackio"""
 
@@ -250,76 +249,35 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def contradictions(config: Config) -> Iterator[tuple[list[str], str]]:
-    """Yield (the keys that contradict each other, what is wrong and what to do)."""
-    rules = _of_training(config) + _of_data(config)
-    return ((keys.split(), problem) for broken, keys, problem in rules if broken)
-
-
-def _of_training(config: Config) -> list[tuple[Any, str, str]]:
-    training, dataset = config.training, config.dataset
-    return [
-        (
-            training.fp16 and training.use_cpu,
-            "training.fp16 training.use_cpu",
-            "float16 needs a GPU, and training.use_cpu is true; set fp16: false (CPU) or "
-            "use_cpu: false (GPU)",
-        ),
-        (
-            training.fp16 and training.bf16,
-            "training.fp16 training.bf16",
-            "fp16 and bf16 exclude each other; keep one",
-        ),
-        (
-            config.model.quantization and config.lora.use_dora,
-            "model.quantization lora.use_dora",
-            "DoRA needs the base's own weights; set quantization: null or use_dora: false",
-        ),
-        (
-            config.model.dtype == "float16" and training.use_cpu,
-            "model.dtype training.use_cpu",
-            "float16 needs a GPU, and training.use_cpu is true; set dtype: auto or float32",
-        ),
-        (
-            training.max_steps and training.warmup_steps >= training.max_steps,
-            "training.warmup_steps training.max_steps",
+def contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (a key, what is wrong with it beside another one, and what to do)."""
+    data, training, evaluation = config.dataset, config.training, config.evaluation
+    if config.model.quantization and config.lora.use_dora:
+        yield (
+            "lora.use_dora",
+            "DoRA needs the base's own weights; set model.quantization: null or use_dora: false",
+        )
+    if training.fp16 and training.bf16:
+        yield "training.fp16", "fp16 and bf16 exclude each other; keep one"
+    if training.max_steps and training.warmup_steps >= training.max_steps:
+        yield (
+            "training.warmup_steps",
             f"warm-up of {training.warmup_steps:g} steps is not shorter than the training "
             f"(max_steps {training.max_steps}); lower it, or give a share such as 0.03",
-        ),
-        (
-            training.early_stopping_patience
-            and not (dataset.validation or dataset.validation_split),
-            "training.early_stopping_patience dataset.validation dataset.validation_split",
-            "early stopping needs validation data; set dataset.validation or "
-            "dataset.validation_split",
-        ),
-    ]
-
-
-def _of_data(config: Config) -> list[tuple[Any, str, str]]:
-    dataset, evaluation = config.dataset, config.evaluation
-    structured = dataset.format not in ("auto", "text")
-    return [
-        (
-            evaluation.fair_threshold > evaluation.good_threshold,
-            "evaluation.fair_threshold evaluation.good_threshold",
+        )
+    if training.early_stopping_patience and not (data.validation or data.validation_split):
+        yield (
+            "training.early_stopping_patience",
+            "early stopping needs validation data; set dataset.validation or validation_split",
+        )
+    if data.labels and data.format not in ("auto", "classification"):
+        yield (
+            "dataset.labels",
+            f"labels belong to format classification, and the format is {data.format}",
+        )
+    if evaluation.fair_threshold > evaluation.good_threshold:
+        yield (
+            "evaluation.fair_threshold",
             f"{evaluation.fair_threshold} is above good_threshold {evaluation.good_threshold}; "
             "good is the higher one",
-        ),
-        (
-            dataset.special_tokens == "parse" and structured,
-            "dataset.special_tokens dataset.format",
-            f"parse is for format text, and the format is {dataset.format}, whose control tokens "
-            "the chat template writes; set special_tokens: text",
-        ),
-        (
-            dataset.overlength == "split" and structured,
-            "dataset.overlength dataset.format",
-            f"split is for raw text, and the format is {dataset.format}; set truncate or drop",
-        ),
-        (
-            dataset.labels and dataset.format not in ("auto", "classification"),
-            "dataset.labels dataset.format",
-            f"labels belong to format classification, and the format is {dataset.format}",
-        ),
-    ]
+        )

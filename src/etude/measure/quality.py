@@ -13,7 +13,7 @@ import json
 import math
 import re
 import unicodedata
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 # Why these weights: the mean is geometric (see `judge`), and a share of 0 counts as FLOOR, so a
 # heuristic that fails alone leaves FLOOR ** weight. A loop or a refusal is worthless however
@@ -46,20 +46,15 @@ _OPEN_PROMPT = re.compile(
 _LOOP = re.compile(r"([^\s\d\-=_*#.~\u2500-\u257f]{1,8}?)\1{9,}")
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+", re.M)
 _FENCE = re.compile(r"^[ \t]*```", re.M)
-_EMOTICON = re.compile(r"(?<!\w)[:;]'?-?[()]")
-_DANGLING_WORDS = frozenset(
-    _WORD.findall(
-        "a an and are as at because but by for from if in into is of on or than that the their to "
-        "was were which with your"
-    )
+_DANGLING = (
+    "a an and are as at because but by for from if in into is of on or than that the their to was "
+    "were which with your"
 )
-_STOPWORDS = _DANGLING_WORDS | frozenset(
-    _WORD.findall(
-        "about be been briefly can classify could define describe did do does explain following "
-        "give had has have he her his how i it its list make me my name not our please s she "
-        "should so some t tell text them then there these they this those us we what when where "
-        "who why will word words would write you"
-    )
+_STOPWORDS = (
+    f"{_DANGLING} about be been briefly can classify could define describe did do does explain "
+    "following give had has have he her his how i it its list make me my name not our please s she "
+    "should so some t tell text them then there these they this those us we what when where who "
+    "why will word words would write you"
 )
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b[\w ]{0,30},? i\b"
@@ -96,7 +91,7 @@ class Judgement(TypedDict):
     """The score (0 to 1), its label, and the share (0 to 1) that each heuristic gave."""
 
     score: float
-    label: Literal["good", "fair", "poor"]
+    label: str
     shares: dict[str, float]
 
 
@@ -126,7 +121,7 @@ def judge(
         "format": format(prompt, response),
     }
     score = math.prod(max(shares[name], FLOOR) ** weight for name, weight in WEIGHTS.items())
-    fair: Literal["fair", "poor"] = "fair" if score >= fair_threshold else "poor"
+    fair = "fair" if score >= fair_threshold else "poor"
     return Judgement(score=score, label="good" if score >= good_threshold else fair, shares=shares)
 
 
@@ -171,17 +166,17 @@ def completeness(response: str, finished: bool | None = None) -> float:
     if not text:
         return 0.0
     bare = text.rstrip("*_\"'`”’ ") or text
-    words = _words(text[-200:])
+    words = _words(text)
     last_line = text.rsplit("\n", 1)[-1]
     ends_in_word = unicodedata.category(bare[-1])[0] in "LMN"
     if (
         _fence_is_open(text)
         or _brackets_are_open(text)
         or bare[-1] in ",:-–—/&+=<([{"
-        or (ends_in_word and words and words[-1] in _DANGLING_WORDS)
+        or (ends_in_word and words and words[-1] in _DANGLING.split())
     ):
         shape = 0.2
-    elif not ends_in_word or _LIST_ITEM.match(last_line) or len(_words(text)) <= 5:
+    elif not ends_in_word or _LIST_ITEM.match(last_line) or len(words) <= 5:
         shape = 1.0
     else:
         shape = 0.6
@@ -200,7 +195,7 @@ def relevance(prompt: str, response: str) -> float:
     asked, answered = _words(prompt), _words(response)
     if not answered or (asked == answered and len(asked) > 3):
         return 0.0
-    content = {word[:5] for word in asked if word not in _STOPWORDS}
+    content = {word[:5] for word in set(asked) - set(_STOPWORDS.split())}
     if not content:
         return NEUTRAL
     shared = len(content & {word[:5] for word in answered}) / min(2, len(content))
@@ -231,12 +226,12 @@ def format(prompt: str, response: str) -> float:
     faults = [
         _fence_is_open(response),
         _brackets_are_open(response) or stray,
-        not _quotes_are_balanced(response),
-        _MOJIBAKE.search(response) is not None,
-        _ASKS_JSON.search(prompt) is not None and not _is_json(response),
-        _ASKS_LIST.search(prompt) is not None and not _is_list(response),
+        response.count('"') % 2 or response.count("“") > response.count("”"),
+        _MOJIBAKE.search(response),
+        _ASKS_JSON.search(prompt) and not _is_json(response),
+        _ASKS_LIST.search(prompt) and not _is_list(response),
     ]
-    return float(0.5 ** sum(faults))
+    return float(0.5 ** sum(map(bool, faults)))
 
 
 def _words(text: str) -> list[str]:
@@ -248,16 +243,8 @@ def _fence_is_open(text: str) -> bool:
 
 
 def _brackets_are_open(text: str) -> bool:
-    # By counts. A stray ")" is no fault: "1)" and ":)" are common; ":(" must not look open.
-    text = _EMOTICON.sub("", text)
+    # By counts. A stray ")" is no fault: "1)" and ":)" are common.
     return any(text.count(a) > text.count(b) for a, b in ("()", "[]", "{}"))
-
-
-def _quotes_are_balanced(text: str) -> bool:
-    # A quote after a digit may be the inch sign: either reading may balance.
-    straight, inches = text.count('"'), len(re.findall(r'\d"', text))
-    even = straight % 2 == 0 or (straight - inches) % 2 == 0
-    return even and text.count("“") <= text.count("”") + text.count("„")
 
 
 def _is_json(text: str) -> bool:

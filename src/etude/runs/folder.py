@@ -97,13 +97,6 @@ def is_finished(folder: Path) -> bool:
         return read_started(folder) is not None
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether no training can go there: a file, a finished run, or what no training of Etude wrote."""
-    if not folder.is_dir():
-        return folder.exists()
-    return bool(entries(folder)) and (is_finished(folder) or read_started(folder) is None)
-
-
 def begin_run(folder: Path, facts: dict[str, Any]) -> None:
     """Write started.json, by which what a kill leaves in `folder` is known as a run: the first file."""
     before = read_started(folder) or {"written": {METRICS: [], LOG: []}}

@@ -3,12 +3,13 @@
 import dataclasses
 import datetime
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude import files
-from etude.config.loading import load_config
+from etude.config.loading import Override, load_config
 from etude.config.schema import Config
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError, command
@@ -49,7 +50,7 @@ class Target:
         return lora.load_adapter(self.base.model, self.adapter)
 
 
-def open_config(name: str, overrides: list[str]) -> Config:
+def open_config(name: str, overrides: Sequence[Override]) -> Config:
     """The configuration of a run, of an adapter made elsewhere, or the default one for a model's name.
 
     Raises:
@@ -83,7 +84,7 @@ def open_config(name: str, overrides: list[str]) -> Config:
     return load_config(None, overrides=[f"model.name={name}", *overrides])
 
 
-def open_target(name: str, overrides: list[str]) -> Target:
+def open_target(name: str, overrides: Sequence[Override]) -> Target:
     """Open a run folder, a PEFT adapter folder or a model by name, with its base loaded.
 
     Raises:
