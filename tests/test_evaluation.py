@@ -92,19 +92,18 @@ def test_parse_label(response, label):
 @pytest.mark.parametrize(
     ("labels", "response", "label"),
     [
-        # the longest of labels that hold one another
+        # the longest of labels that contain each other
         (["hate", "not hate"], "not hate", "not hate"),
         (["hate", "not hate"], "This is  Not Hate.", "not hate"),
         (["hate", "not hate"], "hate", "hate"),
         (["hate", "not hate"], "It is hate, not hate speech", None),
         (["neutral", "positive", "very positive"], "Label: very positive", "very positive"),
-        (["good enough", "not good"], "not good enough", None),  # neither holds the other
         # exact before caseless
         (["Bad", "bad"], "bad", "bad"),
         (["Bad", "bad"], "It is Bad.", "Bad"),
         (["Bad", "bad"], "BAD", None),
         (["Bad", "good"], "bad!", "Bad"),
-        # a label that is denied
+        # a negated label
         (["negative", "positive"], "not positive", None),
         (["negative", "positive"], 'It is not "positive".', None),
         (["negative", "positive"], "not **positive**", None),
@@ -467,7 +466,7 @@ def test_a_model_with_nan_answers_nothing(nan_model, command):
     assert "Traceback" not in result.output
 
 
-def test_finite_weights_that_overflow_are_told_from_broken_ones(tiny_model, files, tmp_path):
+def test_finite_weights_that_overflow_are_not_called_broken(tiny_model, files, tmp_path):
     huge = broken(tiny_model, tmp_path / "huge", lambda weight: weight * 1e38)
     result = etude("evaluate", huge, "--data", files / "tweets.jsonl", "--out", tmp_path / "out",
                    "model.dtype=float32", "training.use_cpu=true")  # fmt: skip

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from etude.measure.metrics import check_rows
-
 
 def confidence_intervals(
     confusion: Sequence[Sequence[int]], *, samples: int, level: float, seed: int
@@ -25,18 +23,11 @@ def confidence_intervals(
 
     Returns:
         accuracy and macro_f1, each with low and high; level and samples.
-
-    Raises:
-        ValueError: the matrix holds no rows, `samples` < 1, or `level` not strictly in (0, 1).
     """
     import numpy as np
 
     matrix = np.asarray(confusion, dtype=np.int64)
     rows = int(matrix.sum())
-    if rows == 0:
-        raise ValueError("no rows: the confusion matrix is empty")
-    if samples < 1 or not 0 < level < 1:
-        raise ValueError(f"need samples >= 1 and 0 < level < 1, got {samples} and {level}")
     # Only cells that hold rows can be drawn: at most `rows` of them, however many labels.
     true, guessed = np.nonzero(matrix)
     draws = np.random.default_rng(seed).multinomial(rows, matrix[true, guessed] / rows, samples)
@@ -65,13 +56,9 @@ def mcnemar(
     Under "no difference", each row that exactly one of them got right is a fair coin toss:
     p = binomtest(only_first_right, discordant rows, 0.5), and 1 when no row is discordant.
     Source: McNemar, Psychometrika 12 (1947).
-
-    Raises:
-        ValueError: no rows, or unequal lengths.
     """
     from scipy.stats import binomtest
 
-    check_rows(truth, first, second)
     triples = list(zip(truth, first, second, strict=True))
     only_first = sum(a == t != b for t, a, b in triples)
     only_second = sum(b == t != a for t, a, b in triples)
@@ -88,13 +75,9 @@ def paired_losses(first: Sequence[float], second: Sequence[float]) -> dict[str, 
 
     Takes the mean loss of each row under either model; ranks the differences by size, so a few
     rows with huge losses cannot carry the result. Source: Wilcoxon, Biometrics Bulletin 1 (1945).
-
-    Raises:
-        ValueError: no rows, or unequal lengths.
     """
     from scipy.stats import wilcoxon
 
-    check_rows(first, second)
     differences = [a - b for a, b in zip(first, second, strict=True)]
     return {
         "first_likelier": sum(difference < 0 for difference in differences),

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 from etude.config.schema import Config, normal_label
@@ -15,13 +14,12 @@ from etude.measure.responses import check_window, respond
 
 log = logging.getLogger(__name__)
 
-# What may stand around a label that is all of a response; signs are not among them.
-WRAPPING = " \t.,:;!?\"'*`_()[]{}\u2018\u2019\u201c\u201d\u00ab\u00bb\u2026\u3002"
-# A word that turns what follows into its opposite, and up to three words between; quotes, stars and the
-# like may stand there too, but no end of a clause.
+# A word that turns what follows into its opposite, and up to three words between, quotes and stars
+# included, but no end of a clause.
 NEGATED = re.compile(
     r"(?:\b(?:not|never|nor|neither|cannot|non|nicht|kein\w*|pas)|n['\u2019]t)(?:[^\w.,;!?]+\w+){0,3}[^\w.,;!?]+$"
-    r"|\bno(?:[^\w.,;!?]+\w+)?[^\w.,;!?]+$"
+    r"|\bno(?:[^\w.,;!?]+\w+)?[^\w.,;!?]+$",
+    re.I,
 )
 
 
@@ -89,56 +87,22 @@ def judge_completions(table: dataset.Table, settings: Config) -> dict[str, Any]:
 
 
 def parse_label(response: str, labels: Sequence[str]) -> str | None:
-    """The label that a response means: all of it, or the only one in it as a whole word; None if unclear.
+    """The label that a response means: the only one in it, as a whole word in any case; None if unclear.
 
-    Of labels that hold one another the longest counts ("not hate" is not "hate"); of labels that
-    differ in case only, the one that is spelled so. A label that is denied ("not positive") is none.
+    Of labels that contain each other the longest counts ("not hate" is not "hate"); of labels that
+    differ in case only, the one that is spelled so. A negated label ("not positive") is none.
     """
     text = normal_label(response)
     if text in labels:
         return text
-    folded = text.casefold()
-    spellings: dict[str, list[str]] = {}
-    for label in labels:
-        if label.casefold() in folded:
-            spellings.setdefault(label.casefold(), []).append(label)
-    whole = [form for form in spellings if not _around(folded, form).strip(WRAPPING)]
-    longest = max(map(len, whole), default=0)
-    found = {form for form in whole if len(form) == longest}
-    if not found:
-        spans = {
-            (match.start(), match.end()): form
-            for form in spellings
-            for match in _whole_word(form).finditer(folded)
-        }
-        outer = [
-            (start, end)
-            for start, end in spans
-            if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans)
-        ]
-        if any(NEGATED.search(folded[max(0, start - 80) : start]) for start, _ in outer):
-            return None
-        found = {spans[span] for span in outer}
-    if len(found) != 1:
+    names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    # Not in a longer word, number or name with a sign (c++, -1, A-).
+    whole = rf"(?<![\w+#-])(?<!\d[.,])(?:{names})(?![\w+#-]|[.,]\d)"
+    found = list(re.finditer(whole, text, re.I))
+    if any(NEGATED.search(text[: match.start()]) for match in found):
         return None
-    alike = spellings[found.pop()]
-    exact = [label for label in alike if _whole_word(label).search(text)]
-    return alike[0] if len(alike) == 1 else exact[0] if len(exact) == 1 else None
-
-
-def _around(text: str, part: str) -> str:
-    """What is left of `text` without its wrapping and `part`."""
-    before, _, after = text.partition(part)
-    return before + after
-
-
-@lru_cache(maxsize=4096)
-def _whole_word(form: str) -> re.Pattern[str]:
-    """Finds a label in a text, and not in a longer word, number or name with a sign (c++, -1, A-)."""
-    first, last = form[0], form[-1]
-    before, after = r"(?<![\w+#])(?<!\w-)", r"(?![\w+#]|-(?![\w-]))"
-    if not first.isalpha():
-        before += r"(?<![-\u2212])(?<!\d[.,])"
-    if last.isdigit():
-        after += r"(?![-.,]\d)"
-    return re.compile(before + re.escape(form) + after)
+    spellings = {match[0] for match in found}
+    alike = {spelling.casefold() for spelling in spellings}
+    meant = [label for label in labels if label in spellings]
+    meant = meant or [label for label in labels if label.casefold() in alike]
+    return meant[0] if len(meant) == len(alike) == 1 else None

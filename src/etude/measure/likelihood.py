@@ -52,7 +52,7 @@ def sequence_losses(
         sums = packing.sum_by_example(model, counted(advance), len(examples))
         wrong = [examples[at] for at in (~sums.isfinite()).nonzero()[:, 0].tolist()]
         if wrong:
-            # A pass shares its numbers; of many such rows the first will do to find the guilty ones.
+            # A pass shares its numbers; of many such rows the first will do.
             rows = packing.culprits(model, cutter, wrong[:64]) or [one.origin for one in wrong]
             raise loading.not_finite(model, "The loss", [row or "the text" for row in rows])
     return cast(list[float], sums.tolist())
@@ -97,13 +97,10 @@ def label_log_likelihoods(
 
 def last_answer(example: Example) -> Example:
     """The same ids with only the last supervised stretch supervised."""
-    supervised = example.supervised
-    start = len(supervised) - 1
-    while not supervised[start]:
-        start -= 1
-    while supervised[start - 1]:
-        start -= 1
-    return Example(example.ids, [yes and at >= start for at, yes in enumerate(supervised)])
+    left = list(example.supervised)
+    end = len(left) - left[::-1].index(True)
+    start = end - left[:end][::-1].index(False)
+    return Example(example.ids, [start <= at < end for at in range(len(left))])
 
 
 def softmax(scores: Sequence[float]) -> list[float]:

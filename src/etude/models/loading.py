@@ -299,7 +299,7 @@ def broken_weights(model: Any) -> str:
         return ""
     return (
         f"The weights of the model are not all finite numbers: {len(broken):,} of {len(floats):,} "
-        f"tensors, first {broken[0]}. Copy the model again, or set model.dtype=float32"
+        f"tensors ({', '.join(broken[:3])}). Copy the model again, or set model.dtype=float32"
     )
 
 
@@ -309,7 +309,10 @@ def not_finite(model: Any, what: str, rows: Iterable[str]) -> UserError:
     more = f" and {len(named) - 10:,} more" if len(named) > 10 else ""
     return UserError(
         f"{what} is not a finite number, so nothing is reported: {', '.join(named[:10])}{more}. "
-        + (broken_weights(model) or "Check these rows, or set model.dtype=float32")
+        + (
+            broken_weights(model)
+            or "The model's weights are finite; check these rows, or set model.dtype=float32"
+        )
     )
 
 
