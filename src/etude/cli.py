@@ -124,7 +124,7 @@ def validate(
         console.say("read", f"{split}: {table.source}: {rows}")
     plan = planning.plan_training(settings, tables, reporter)
     fitting = "and the training fits" if plan.fits else "but by the plan the training does not fit"
-    console.say("result", f"valid{f', {fitting} in memory' if plan.memory else ''}")
+    console.say("result", f"valid, {fitting} in memory")
 
 
 @app.command(epilog=examples("etude verify runs/quickstart"))

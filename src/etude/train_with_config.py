@@ -18,7 +18,7 @@ from etude.errors import UserError, command
 from etude.models import device, loading, lora
 from etude.runs import card, manifest, opening, plots, proof
 from etude.runs import folder as run
-from etude.training import planning, rehearsal, resuming
+from etude.training import memory, planning, resuming
 from etude.training.reporter import Reporter
 
 Arguments = Annotated[
@@ -207,7 +207,7 @@ def fit(
     engine = configure_engine(model, settings, plan.device, examples["train"], plan.steps)
     for notice in engine.notices:
         reporter.notice(notice)
-    cutter = rehearsal.rehearse(model, engine.cutter, examples, settings)
+    cutter = memory.rehearse(model, engine.cutter, examples["train"], settings)
     reporter.say("engine", str(engine))
     if checkpoint:
         reporter.say("resume", f"from {checkpoint}")
@@ -218,8 +218,8 @@ def fit(
         )
     results["engine"] = str(engine)
     results["memory"] = {
-        "plan": plan.memory and dataclasses.asdict(plan.memory),
-        "planned": plan.memory and plan.memory.peak,
+        "plan": dataclasses.asdict(plan.memory),
+        "planned": plan.memory.peak,
         "peak": device.used_memory(plan.device.name, peak=True),
     }
     return results

@@ -40,8 +40,6 @@ def test_a_shape_is_configured_as_its_model(monkeypatch, overrides):
     found = configure_engine(empty, settings, place, examples, 100)
 
     assert found == real
-    kinds = [[type(part) for part in one.modules()] for one in (empty, model)]
-    assert kinds[0] == kinds[1]
     assert {weight.device.type for weight in (*empty.parameters(), *empty.buffers())} == {"meta"}
 
 

@@ -25,7 +25,7 @@ from etude.models import device, loading, lora
 from etude.runs import opening, proof
 from etude.runs.folder import CHECKPOINTS, METRICS
 from etude.runs.manifest import read_metrics
-from etude.training import checkpoints, order, rehearsal, trainer
+from etude.training import checkpoints, memory, order, trainer
 
 ROWS = [
     {"prompt": f"Question {n}: " + "why " * (n % 5), "completion": "Because " * (1 + n % 4) + "so."}
@@ -64,7 +64,7 @@ def fit(model, settings, place, examples, folder, checkpoint=None):
     """Train `model` as the program does, up to its results."""
     steps = order.step_count(settings, len(examples["train"]))
     engine = configure_engine(model, settings, place, examples["train"], steps)
-    cutter = rehearsal.rehearse(model, engine.cutter, examples, settings)
+    cutter = memory.rehearse(model, engine.cutter, examples["train"], settings)
     results = trainer.fit(model, settings, place, examples, folder, cutter, checkpoint)
     return {**results, "engine": str(engine)}
 
@@ -303,7 +303,7 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
 
 def test_zero_gradients_and_a_jump_of_the_loss_are_told(tiny_model, files, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
-    monkeypatch.setattr(rehearsal, "rehearse", lambda model, cutter, *_: cutter)  # counts no calls
+    monkeypatch.setattr(memory, "rehearse", lambda model, cutter, *_: cutter)  # counts no calls
     settings = settings_for(tiny_model, files, "training.num_epochs=12")
     original = packing.token_losses
     calls = []
@@ -333,7 +333,7 @@ def test_out_of_memory_cuts_smaller_passes_and_learns_the_same(
 ):
     monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
     # The rehearsal would have found it out; here it happens in a step.
-    monkeypatch.setattr(rehearsal, "rehearse", lambda model, cutter, *_: cutter)
+    monkeypatch.setattr(memory, "rehearse", lambda model, cutter, *_: cutter)
     settings = settings_for(tiny_model, files, "training.batch_size=8",
                             "training.gradient_accumulation_steps=1")  # fmt: skip
     whole, _, lines = fitted(settings, files / "whole")

@@ -162,12 +162,6 @@ def _replace(model: nn.Module, name: str, linear: nn.Linear, largest: torch.Tens
     setattr(model.get_submodule(parent), last, Int8Linear(linear, largest))
 
 
-def quantize_shape(model: nn.Module) -> None:
-    """As `quantize`, of a model on the meta device: its inputs have no sizes to look at."""
-    for name, linear in frozen_linears(model).items():
-        _replace(model, name, linear, torch.empty(linear.in_features, device="meta"))
-
-
 def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
     """None if int8 beats `dtype` on this machine, else the reason why not.
 

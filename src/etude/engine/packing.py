@@ -7,12 +7,10 @@ one but the work that is saved.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from etude import distributed
-from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.errors import UserError, first_line
 from etude.models import device
@@ -361,46 +359,3 @@ def culprits(model: Any, cutter: Cutter, examples: Sequence[Example]) -> list[st
         sums = sum_by_example(model, single(examples), len(examples))
     finite = sums.isfinite().tolist()
     return [one.origin for one, sound in zip(examples, finite, strict=True) if not sound]
-
-
-# --- which passes a training will have -------------------------------------------------------
-
-# A position at which logits are needed weighs about as much as that part of a token's activations:
-# twice the vocabulary against some 20 times the hidden size a layer.
-LOGITS = 0.2
-VALIDATED = 4096  # validation rows, the longest, that are cut to find the largest pass
-LOOKED_AT = 256  # steps that are cut to find the largest pass; those of the longest rows besides
-
-
-def weight(batch: Pass) -> float:
-    """How much a pass holds, in tokens: its own, and its logits at LOGITS each."""
-    rows: int = batch.input_ids.shape[0]
-    return batch.input_ids.numel() + LOGITS * rows * len(batch.keep)
-
-
-def largest(passes: Iterable[Pass]) -> tuple[Pass, int]:
-    """The pass that holds most, and the tokens of all."""
-    found, tokens = None, 0
-    for batch in passes:
-        tokens += batch.input_ids.numel()
-        if found is None or weight(batch) > weight(found):
-            found = batch
-    assert found is not None
-    return found, tokens
-
-
-def first_steps(settings: Config, examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """This process's examples of up to LOOKED_AT steps of the first epoch, and of the longest rows' steps."""
-    training = settings.training
-    every = steps(training.seed, 0, len(examples), training.rows_per_step)[: training.max_steps]
-    chosen, rest = every[:LOOKED_AT], every[LOOKED_AT:]
-    rest.sort(key=lambda step: max(len(examples[index]) for index in step), reverse=True)
-    for step in chosen + rest[:8]:
-        own = step[distributed.RANK :: distributed.WORLD]
-        if own:
-            yield [examples[index] for index in own]
-
-
-def longest(examples: Sequence[Example]) -> list[Example]:
-    """The VALIDATED longest examples: those that the largest pass is looked for in."""
-    return sorted(examples, key=len)[-VALIDATED:]

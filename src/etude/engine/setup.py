@@ -46,7 +46,7 @@ def configure_engine(
     """Make `model` fast, in place, for a training of `steps` steps on `place`; returns what was done.
 
     A model on the meta device is a shape without numbers: what the real one will get is decided by
-    what a shape shows, and nothing is measured, proven or compiled.
+    what a shape shows, and nothing is measured, proven, quantised or compiled.
 
     Raises:
         UserError: int8 where it would not be faster.
@@ -68,9 +68,7 @@ def configure_engine(
         training.compile == "auto" and compiling.worth_it(model, tokens, place)
     )
     quantized = settings.model.quantization == "int8"
-    if quantized and shape:
-        int8.quantize_shape(model)
-    elif quantized:
+    if quantized and not shape:
         reason = int8.why_not(model, cutter.budget, place.torch_dtype)
         if reason:
             raise UserError(f"model.quantization: int8: {reason}. Set it to null")

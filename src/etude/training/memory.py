@@ -1,54 +1,60 @@
-"""What a training will take in memory and time, told before the weights are loaded.
+"""What a training will take in memory and time, before the weights are loaded; and its first pass, to see.
 
-The model is walked through its largest pass without numbers (`counting.walk`), which gives the bytes
-of all its tensors and the operations of its matrix products; from those, with the machine's measured
-speed, the time follows.
+The plan is arithmetic on the model's shape. What it counts of the sample's passes is within 3 % of the
+tensors that PyTorch makes for them in float32, and within 10 % in bfloat16.
 
 What allocators and compilers add to that is not derivable. HELD, COMPILED, LATER and COMPILER were
-fitted to the peaks (VmHWM) of the 16 settings of benchmarks/memory.py that are marked so there: the
-sample model, torch 2.13, glibc 2.36, one thread, passes of up to 512 tokens, two steps. Other models
-and machines were not used for it, and on a GPU nothing was measured: UNMEASURED is a guess. So `check`
-refuses a training on that ground alone (see `off_the_ground`), and elsewhere warns.
+fitted to peaks (VmHWM) that benchmarks/memory.py measured: the sample model, float32, torch 2.13,
+glibc 2.36, one thread, passes of up to 512 tokens, two steps. Other models and machines were not used
+for it, and on a GPU nothing was measured: UNMEASURED is a guess. So `check` refuses a training on that
+ground alone (see `off_the_ground`), and elsewhere warns.
 """
 
+import heapq
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
+from etude import distributed
 from etude.config.schema import Config
 from etude.conversation.renderer import Example
-from etude.data import dataset
 from etude.engine import packing
-from etude.engine.setup import configure_engine
-from etude.errors import UserError, first_line
+from etude.engine.setup import Engine, configure_engine
+from etude.errors import UserError
 from etude.models import device, lora
 from etude.models.device import Device
 from etude.models.loading import Outline
-from etude.training import counting
 
 log = logging.getLogger(__name__)
 
 GB = 1e9
+# Numbers that a decoder layer keeps of a token for its backward, for each output of its linear layers:
+# with Llama's, (6 hidden + 3 intermediate) / (3 hidden + 2 keys and values + 2 intermediate). In
+# 16 bits the norms keep float32 copies besides.
+KEPT = {4: 1.57, 2: 1.84}
+# The logits and their gradient, and what is computed of them in between.
+LOGITS = {4: 2.4, 2: 3.5}
 # Memory taken for each byte of a pass's tensors: passes differ in length, and glibc keeps the holes
 # that the tensors of one leave and those of the next do not fill.
 HELD = 1.55
-COMPILED = (
-    0.5  # that much of it where the layers are compiled: fewer tensors, made and freed together
-)
+COMPILED = 0.5  # that much of it with compiled layers: fewer tensors, made and freed together
 UNMEASURED = 1.1  # in place of both on a GPU
-LATER = 60e6  # bytes of what is imported and kept after the plan is made
+LATER = 130e6  # bytes of what is imported and kept after the plan is made
 COMPILER = 250e6  # bytes that torch.compile keeps in the process
 LARGEST = 10 * 134_515_008  # parameters, ten times the sample's: up to there the plan may refuse
 NF4 = 0.516  # bytes a weight: 4 bits, and the scales of its blocks, quantised themselves
-# Share of the time in which the products of a step run at the speed that they have alone, measured
-# by benchmarks/train.py.
-EFFICIENCY = {"plain": 0.6, "compiled": 0.75, "int8": 0.5}
+# How fast a step is, against its products alone in the base's number format: by benchmarks/train.py.
+EFFICIENCY = {"plain": 0.6, "compiled": 0.75, "int8": 0.9}
 COMPILING = 40.0  # seconds on two cores
+LOOKED_AT = 64  # steps, those with the most tokens, that are cut to find the largest pass
+# A position at which logits are needed weighs about as much as that part of a token's activations:
+# twice the vocabulary against some 20 times the hidden size a layer.
+WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,9 @@ class Plan:
         loading: what reading and converting or quantising them takes for a moment, beside them.
         adapter: the trained weights.
         optimizer: AdamW's two moments of them.
-        training: what the largest pass holds, forward and backward, their gradients included.
-        validation: what the largest pass of the validation holds, without gradients.
+        training: what the largest pass holds, forward and backward, and the gradients.
         proof: what the new process takes that opens the run at the end: on the base in float, after
             nf4 on the 4-bit one.
-        generation: what `etude evaluate` holds beside libraries, base and adapter to write answers:
-            the keys and values of all tokens of its rows.
         parameters: of the base.
         tokens: tokens of the largest pass.
         seconds: of the whole training, about.
@@ -78,9 +81,7 @@ class Plan:
     adapter: int
     optimizer: int
     training: int
-    validation: int
     proof: int
-    generation: int
     parameters: int
     tokens: int
     seconds: float
@@ -88,7 +89,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most that the training process holds at any time."""
-        steps = self.adapter + self.optimizer + max(self.training, self.validation)
+        steps = self.adapter + self.optimizer + self.training
         return self.libraries + self.base + max(self.loading, steps)
 
     @property
@@ -108,10 +109,8 @@ class Plan:
             ("adapter", self.adapter, "float32"),
             ("optimizer", self.optimizer, "AdamW's two moments"),
             ("training", self.training, f"the largest pass, {self.tokens} tokens, and gradients"),
-            ("validation", self.validation, "the largest pass without gradients"),
             ("peak", self.peak, "of the training process"),
             ("proof", self.proof, "a new process, at the end, when this one's memory is free"),
-            ("generation", self.generation, "in etude evaluate: cached keys and values"),
         ]
 
 
@@ -122,8 +121,78 @@ def _gb(size: float) -> str:
 # --- the estimate --------------------------------------------------------------------------------
 
 
-def _stateful(model: Any) -> bool:
-    return bool(getattr(model.get_base_model(), "_is_stateful", False))
+def largest_pass(
+    settings: Config, cutter: packing.Cutter, examples: Sequence[Example]
+) -> tuple[packing.Pass, float]:
+    """The pass that holds most of those that this process has in the first epoch.
+
+    Returns it, and the tokens computed for each token of the examples: fewer than one where packing
+    shares beginnings, more with padding.
+    """
+    training = settings.training
+    every = packing.steps(training.seed, 0, len(examples), training.rows_per_step)
+    steps = [
+        [examples[index] for index in step[distributed.RANK :: distributed.WORLD] or step]
+        for step in every[: training.max_steps]
+    ]
+    looked_at = heapq.nlargest(
+        LOOKED_AT, steps, key=lambda step: sum(len(e) + WEIGHT * e.targets for e in step)
+    )
+    largest, most, computed = None, 0.0, 0
+    for batch in (batch for step in looked_at for batch in cutter(step)):
+        computed += batch.input_ids.numel()
+        weight = batch.input_ids.numel() + WEIGHT * len(batch.input_ids) * len(batch.keep)
+        if weight > most:
+            largest, most = batch, weight
+    assert largest is not None
+    return largest, computed / sum(len(example) for step in looked_at for example in step)
+
+
+def pass_memory(model: Any, batch: packing.Pass, settings: Config, gradients: bool) -> int:
+    """Bytes of the tensors that `model` (base and adapter) holds at once in a pass.
+
+    Without `gradients` those of one layer and the logits; else those of all layers, or with
+    checkpointing each layer's input and one layer's, and of the logits' gradient too.
+    """
+    from etude.engine import int8
+
+    linears, config = int8.frozen_linears(model), model.config.get_text_config()
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    size, layers = model.dtype.itemsize, config.num_hidden_layers
+    # An adapted layer keeps its input for the gradient of A, in float32, and A's output. In float32
+    # layers with one input keep it together.
+    inputs = [
+        (name.rsplit(".", 2)[0] if size == 4 else name, linear.in_features)
+        for name, linear in linears.items()
+        if name.endswith(".base_layer")
+    ]
+    widths = sum(width for _, width in set(inputs))
+    adapted = 4 * (widths + settings.lora.r * len(inputs))
+    outputs = sum(linear.out_features for linear in linears.values())
+    token = KEPT[size] * size * outputs + adapted
+    rows, columns = batch.input_ids.shape
+    logits = rows * len(batch.keep) * vocabulary * size
+    if not gradients:
+        return int(rows * columns * token / layers + logits)
+    if settings.training.gradient_checkpointing:
+        token = token / layers + size * hidden * layers
+    return int(rows * columns * (token + size * columns) + LOGITS[size] * logits)
+
+
+def _base_size(settings: Config, frozen: int, linears: Sequence[Any]) -> int:
+    """Bytes of a base of `frozen` bytes in float, as it is trained on: its linear layers quantised."""
+    quantization = settings.model.quantization
+    if quantization is None:
+        return frozen
+    weights = sum(linear.weight.numel() for linear in linears)
+    scales = sum(2 * linear.out_features + linear.in_features for linear in linears)
+    small = weights + 4 * scales if quantization == "int8" else NF4 * weights
+    return int(frozen + small) - sum(_bytes(linear.weight) for linear in linears)
+
+
+def _bytes(tensor: Any) -> int:
+    size: int = tensor.numel() * tensor.element_size()
+    return size
 
 
 def estimate(
@@ -132,207 +201,86 @@ def estimate(
     place: Device,
     examples: dict[str, list[Example]],
     steps: int,
-) -> Plan | None:
-    """What a training of `steps` steps on `examples` takes; None for a model that cannot be walked.
+) -> Plan:
+    """What a training of `steps` steps on `examples` takes.
 
     Raises:
         UserError: target modules that the model does not have.
     """
-    try:
-        return _estimate(settings, outline, place, examples, steps)
-    except UserError:
-        raise
-    except Exception as error:  # an architecture that computes with the numbers themselves
-        log.debug("plan", exc_info=error)
-        log.warning(
-            "no plan of memory and time for this model: %s: %.200s",
-            type(error).__name__,
-            first_line(error),
-        )
-        return None
-
-
-class _Work(NamedTuple):
-    """What a training computes: its largest pass, that of its validation, and all its tokens."""
-
-    batch: packing.Pass
-    tokens: int
-    several: bool  # whether a step has more than one pass
-    checked: packing.Pass
-    checked_tokens: int  # of all rounds of validation
-
-
-def _work(
-    settings: Config, cutter: packing.Cutter, examples: dict[str, list[Example]], steps: int
-) -> _Work:
-    looked_at = list(packing.first_steps(settings, examples["train"]))
-    batch, tokens = packing.largest(batch for step in looked_at for batch in cutter(step))
-    several = any(sum(1 for _ in cutter(step)) > 1 for step in looked_at[:8])
-    held_out = examples.get("validation", [])
-    checked, checked_tokens = batch, 0
-    if held_out:
-        longest = packing.longest(held_out)
-        checked, checked_tokens = packing.largest(cutter(longest))
-        checked_tokens = checked_tokens * sum(map(len, held_out)) // sum(map(len, longest))
-    epoch = math.ceil(len(examples["train"]) / settings.training.rows_per_step)
-    checked_tokens *= math.ceil(steps / (settings.training.eval_steps or epoch))
-    return _Work(batch, tokens * steps // len(looked_at), several, checked, checked_tokens)
-
-
-def _int8_size(model: Any) -> int:
-    """Bytes of a base in int8: what is frozen, and the buffers of its int8 layers."""
-    from etude.engine import int8
-
-    buffers = (
-        buffer
-        for module in model.modules()
-        if isinstance(module, int8.Int8Linear)
-        for buffer in module.buffers(recurse=False)
-    )
-    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return counting.size(frozen) + counting.size(buffers)
-
-
-def _walk(
-    model: Any, settings: Config, work: _Work, train: Sequence[Example]
-) -> tuple[counting.Walk, counting.Walk, int]:
-    """What the largest passes hold, with gradients and without, and what generation caches; on fake tensors."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    stateful, mixed = _stateful(model), device.mixed_precision(settings.training, "cpu")
-    with FakeTensorMode() as mode:
-        # Steps of several passes: the gradients of those before are there when the next begins.
-        counting.numberless(model, gradients=work.several)
-        learnt = counting.fake_pass(mode, work.batch, stateful)
-        seen = counting.fake_pass(mode, work.checked, stateful)
-        model.train()
-        if settings.training.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-
-        def forward_and_backward() -> None:
-            with mixed:
-                losses = packing.token_losses(model, learnt)
-            losses.sum().backward()
-
-        step = counting.walk(model, forward_and_backward)
-        model.eval()
-        with torch.no_grad(), mixed:
-            judged = counting.walk(model, lambda: packing.token_losses(model, seen))
-            return step, judged, _generation(model, settings, train, stateful)
-
-
-def _estimate(
-    settings: Config,
-    outline: Outline,
-    place: Device,
-    examples: dict[str, list[Example]],
-    steps: int,
-) -> Plan:
     from etude.engine import int8
 
     quantization = settings.model.quantization
     model = lora.attach(outline.model(place.torch_dtype), settings.lora, outline.name)
-    # Of the float model, before it is quantised: what is loaded first.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    adapter = counting.size(p for p in model.parameters() if p.requires_grad)
-    count = sum({id(parameter): parameter.numel() for parameter in frozen}.values())
-    base = opened = counting.size(frozen)  # opened: by the proof, as by evaluate and chat
-    linears = [linear.weight for linear in int8.frozen_linears(model).values()]
+    adapter = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
+    count, in_float = sum(p.numel() for p in frozen), sum(map(_bytes, frozen))
+    linears = list(int8.frozen_linears(model).values())
+    base = _base_size(settings, in_float, linears)
+    opened = base if quantization == "nf4" else in_float  # by the proof, evaluate and chat
     engine = configure_engine(model, settings, place, examples["train"], steps)
-    work = _work(settings, engine.cutter, examples, steps)
-    if engine.int8:
-        base = _int8_size(model)
-    elif quantization == "nf4":
-        base += int(sum(NF4 * w.numel() - w.numel() * w.element_size() for w in linears))
-        opened = base
-    step, judged, cache = _walk(model, settings, work, examples["train"])
-    # nf4 makes one layer's weights again for each product.
-    widest = max((w.numel() * w.element_size() for w in linears), default=0)
-    extra = widest if quantization == "nf4" else 0
+    batch, share = largest_pass(settings, engine.cutter, examples["train"])
     host = place.name != "cuda"
     held = HELD if host else UNMEASURED
-    factor = held * (COMPILED if engine.compiled and host else 1)
+    judging = int(held * pass_memory(model, batch, settings, gradients=False))
     stored = count * outline.stored.itemsize
     # The file's pages, unless they become the weights themselves.
     converts = quantization == "nf4" or outline.stored != place.torch_dtype
-    reading = stored if host and converts else 0
+    loading = stored if host and converts else 0
+    proof = opened + max(loading, adapter + judging)
     if engine.int8:  # both are held while layer by layer is quantised
-        loading = stored + int(held * judged.peak)
-    else:
-        loading = reading
+        loading = stored + judging
+    compiles = host and engine.compiled
+    learning = pass_memory(model, batch, settings, gradients=True)
     bare = int(device.used_memory("cpu") + LATER) if host else 0
-    libraries = bare + (int(COMPILER) if host and engine.compiled else 0)
-    validation = int(held * judged.peak) + extra
     return Plan(
-        libraries=libraries,
+        libraries=bare + compiles * int(COMPILER),
         base=base,
-        loading=max(0, loading),
+        loading=loading,
         adapter=adapter,
         optimizer=2 * adapter,
-        training=int(factor * step.peak) + (adapter if work.several else 0) + extra,
-        validation=validation,
-        proof=bare + opened + max(reading, adapter + validation),
-        generation=cache,
+        training=int(held * (COMPILED if compiles else 1) * learning) + adapter,
+        proof=bare + proof,
         parameters=count,
-        tokens=work.batch.input_ids.numel(),
-        seconds=_seconds(
-            step.operations / work.batch.input_ids.numel() * work.tokens
-            + judged.operations / work.checked.input_ids.numel() * work.checked_tokens,
-            max(linears, key=lambda w: w.numel(), default=None),
-            place,
-            "int8" if engine.int8 else "compiled" if engine.compiled else "plain",
-        )
-        + (COMPILING if engine.compiled else 0),
+        tokens=batch.input_ids.numel(),
+        seconds=_seconds(linears, place, engine, share * _tokens(settings, examples, steps)),
     )
 
 
-def _generation(model: Any, settings: Config, examples: Sequence[Example], stateful: bool) -> int:
-    """Bytes of the keys and values of `evaluation.batch_size` answers to the longest prompt."""
+def _tokens(settings: Config, examples: dict[str, list[Example]], steps: int) -> float:
+    """How often a forward is computed of the examples' tokens, by the whole training.
+
+    A backward costs as much as a forward, for frozen weights have no gradient.
+    """
+    training = settings.training
+    learnt, judged = (sum(map(len, examples.get(one, []))) for one in ("train", "validation"))
+    epoch = math.ceil(len(examples["train"]) / training.rows_per_step)
+    rounds = math.ceil(steps / (training.eval_steps or epoch))
+    return (2 + training.gradient_checkpointing) * learnt * steps / epoch + judged * rounds
+
+
+def _seconds(linears: Sequence[Any], place: Device, engine: Engine, tokens: float) -> float:
+    """Seconds for forwards of `tokens`, by the speed of a product with the largest layer, measured shortly."""
     import torch
 
-    rows, prompt = settings.evaluation.batch_size, max(map(len, examples))
-    total = prompt + settings.generation.max_new_tokens
-    kind = torch.int64 if stateful else torch.bool
-    shape = (rows, prompt) if stateful else (rows, 1, prompt, prompt)
-    found = counting.walk(
-        model,
-        lambda: model(
-            input_ids=torch.empty(rows, prompt, dtype=torch.int64),
-            attention_mask=torch.empty(shape, dtype=kind),
-            logits_to_keep=1,
-            use_cache=True,
-        ),
-    )
-    return int(max(found.peak, found.left * total / prompt))
-
-
-def _seconds(operations: float, shape: Any, place: Device, engine: str) -> float:
-    """Seconds for `operations` at the speed of a product with the largest layer, measured shortly."""
-    import torch
-
-    if shape is None:
+    weights = [layer.weight for layer in linears]
+    if not weights:
         return 0.0
-    size = (packing.CPU_BUDGET, shape.shape[1])
-    if engine == "int8":
-        x = torch.ones(size, dtype=torch.int8)
-        w = torch.ones(tuple(shape.shape), dtype=torch.int8)
-        product: Any = lambda: torch._int_mm(x, w.t())  # noqa: E731
-    else:
-        own, other = (
-            torch.ones(s, dtype=place.torch_dtype, device=place.name)
-            for s in (size, tuple(shape.shape))
-        )
-        product = lambda: own @ other.T  # noqa: E731
+    shape = max(weights, key=lambda weight: weight.numel()).shape
+    own, other = (
+        torch.ones(size, dtype=place.torch_dtype, device=place.name)
+        for size in ((packing.CPU_BUDGET, shape[1]), tuple(shape))
+    )
     taken = []
     for _ in range(4):
         started = time.perf_counter()
-        product()
+        own @ other.t()
         if place.name == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    speed: float = 2 * size[0] * shape.numel() / min(taken)
-    return operations / speed / EFFICIENCY[engine]
+    work = tokens * sum(weight.numel() for weight in weights) / (len(own) * shape.numel())
+    how = "int8" if engine.int8 else "compiled" if engine.compiled else "plain"
+    seconds: float = min(taken) * work / EFFICIENCY[how] + COMPILING * engine.compiled
+    return seconds
 
 
 # --- does it fit ---------------------------------------------------------------------------------
@@ -350,15 +298,14 @@ def off_the_ground(plan: Plan, settings: Config, place: Device) -> str:
 def check(
     plan: Plan,
     settings: Config,
-    outline: Outline,
     place: Device,
-    examples: dict[str, list[Example]],
-    steps: int,
+    again: Callable[[Config], Plan],
     force: bool = False,
 ) -> bool:
     """Compare the plan with the memory that is free; returns whether it fits.
 
-    With `force`, and where the plan was not measured, what does not fit is a warning.
+    With `force`, and where the plan was not measured, what does not fit is a warning. `again` plans
+    with other settings.
 
     Raises:
         UserError: too little; with the keys to change, and what each would save.
@@ -371,10 +318,14 @@ def check(
     if plan.needed <= room:
         return True
     found = []
-    for keys, changed, shorter in _alternatives(settings, examples):
-        other = estimate(changed, outline, place, shorter, steps)
-        if other and plan.needed - other.needed > 0.01 * plan.needed:
-            found.append((plan.needed - other.needed, keys, other.needed <= room))
+    for section, values in _alternatives(settings):
+        part = getattr(settings, section).model_copy(update=values)
+        needed = again(settings.model_copy(update={section: part})).needed
+        if plan.needed - needed > 0.01 * plan.needed:
+            keys = " ".join(
+                f"{section}.{key}={str(value).lower()}" for key, value in values.items()
+            )
+            found.append((plan.needed - needed, keys, needed <= room))
     lines = [
         f"{keys}: saves {_gb(saved)}{', and it fits' if fits else ''}"
         for saved, keys, fits in sorted(found, reverse=True)
@@ -382,7 +333,7 @@ def check(
     problem = (
         f"This training does not fit in memory: by the plan it would take {_gb(plan.needed)}, and "
         f"{_gb(room)} are there for it. Change one or more of these:\n  "
-        + "\n  ".join([*lines, "model.name: a smaller model"])
+        + "\n  ".join([*lines, "dataset.max_length: shorter rows", "model.name: a smaller model"])
         + "\nThen `etude validate` shows the plan again."
     )
     unsure = off_the_ground(plan, settings, place)
@@ -393,44 +344,50 @@ def check(
     return False
 
 
-def _alternatives(
-    settings: Config, examples: dict[str, list[Example]]
-) -> Iterator[tuple[str, Config, dict[str, list[Example]]]]:
-    """Changes that save memory: the keys as one would write them, the settings, the examples."""
-    model, training, length = settings.model, settings.training, settings.dataset.max_length
-    rows = training.batch_size
-
-    def changed(section: str, **values: Any) -> Config:
-        part = getattr(settings, section).model_copy(update=values)
-        return settings.model_copy(update={section: part})
-
+def _alternatives(settings: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that may save memory: the section, and its keys with their values."""
+    model, training = settings.model, settings.training
     if model.quantization is None and not settings.lora.use_dora:
-        yield "model.quantization=int8", changed("model", quantization="int8"), examples
+        yield "model", {"quantization": "int8"}
     if model.quantization != "nf4" and find_spec("bitsandbytes"):
-        yield "model.quantization=nf4", changed("model", quantization="nf4"), examples
-    if not training.gradient_checkpointing:
-        yield (
-            "training.gradient_checkpointing=true",
-            changed("training", gradient_checkpointing=True),
-            examples,
-        )
-    if rows > 1:
-        accumulated = training.rows_per_step  # a step stays what it is
-        yield (
-            f"training.batch_size=1 training.gradient_accumulation_steps={accumulated}",
-            changed("training", batch_size=1, gradient_accumulation_steps=accumulated),
-            examples,
-        )
-    if length >= 64:
-        half = length // 2
-        cut = {
-            split: [dataset.truncate(e, half) if len(e) > half else e for e in part]
-            for split, part in examples.items()
-        }
-        cut = {split: [e for e in part if e.targets] for split, part in cut.items()}
-        if cut["train"]:
-            yield f"dataset.max_length={half}", changed("dataset", max_length=half), cut
-    if settings.lora.r > 8:
-        yield "lora.r=8", changed("lora", r=8), examples
-    if training.compile is not False:
-        yield "training.compile=false", changed("training", compile=False), examples
+        yield "model", {"quantization": "nf4"}
+    yield "training", {"gradient_checkpointing": True}
+    # A step stays what it is.
+    yield "training", {"batch_size": 1, "gradient_accumulation_steps": training.rows_per_step}
+    yield "training", {"compile": False}
+    yield "lora", {"r": 8}
+
+
+# --- the rehearsal -------------------------------------------------------------------------------
+
+
+def rehearse(
+    model: Any, cutter: packing.Cutter, examples: Sequence[Example], settings: Config
+) -> packing.Cutter:
+    """Compute the largest pass forward and backward before the training begins, to see whether memory suffices.
+
+    Returns the cutter, or where memory runs out, one whose passes are small enough. Leaves no trace:
+    weights, gradients and random numbers are those before.
+
+    Raises:
+        UserError: not even the smallest pass fits.
+    """
+    import torch
+
+    if settings.training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+
+    def compute(smaller: packing.Cutter) -> None:
+        batch, _ = largest_pass(settings, smaller, examples)
+        with torch.random.fork_rng():
+            with device.mixed_precision(settings.training, model.device.type):
+                losses = packing.token_losses(model, batch)
+            losses.sum().backward()
+
+    was_training = model.training
+    model.train()
+    try:
+        return packing.fitting(cutter, len(examples), compute)[1]
+    finally:
+        model.zero_grad()
+        model.train(was_training)

@@ -20,7 +20,7 @@ class Planned(NamedTuple):
     renderer: Renderer
     splits: dict[str, dataset.Split]
     steps: int
-    memory: memory.Plan | None
+    memory: memory.Plan
     fits: bool
 
     @property
@@ -52,9 +52,12 @@ def plan_training(
     reporter.show_data(splits, outline.tokenizer)
     examples = {name: split.examples for name, split in splits.items()}
     steps = order.step_count(settings, len(examples["train"]))
-    planned, fits = memory.estimate(settings, outline, chosen, examples, steps), False
-    if planned:
-        reporter.show_plan(planned.rows())
-        reporter.say("plan", f"{planned}, {steps:,} steps")
-        fits = memory.check(planned, settings, outline, chosen, examples, steps, force)
+
+    def plan(changed: Config) -> memory.Plan:
+        return memory.estimate(changed, outline, chosen, examples, steps)
+
+    planned = plan(settings)
+    reporter.show_plan(planned.rows())
+    reporter.say("plan", f"{planned}, {steps:,} steps")
+    fits = memory.check(planned, settings, chosen, plan, force)
     return Planned(chosen, outline, renderer, splits, steps, planned, fits)
