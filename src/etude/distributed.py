@@ -7,7 +7,6 @@ environment who it is. Without such a launcher there is one process, and all of 
 import contextlib
 import datetime
 import hashlib
-import logging
 import os
 import re
 import signal
@@ -15,12 +14,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import UserError, first_line
+from etude.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 
 def why_not_launched(environment: Mapping[str, str]) -> str | None:
@@ -30,27 +27,19 @@ def why_not_launched(environment: Mapping[str, str]) -> str | None:
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     given = {name: environment[name] for name in names if name in environment}
-    if not given or (
-        {"WORLD_SIZE": "1"}.items() <= given.items() <= {"WORLD_SIZE": "1", "RANK": "0"}.items()
-    ):
+    if given in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}):
         return None
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if not environment.get(name)]
-    try:
-        numbers = {name: int(value) for name, value in given.items()}
-        int(environment.get("MASTER_PORT", ""))
-        world = numbers.pop("WORLD_SIZE", 0)
-        if not missing and all(0 <= number < world for number in numbers.values()):
+    with contextlib.suppress(KeyError, ValueError):
+        rank, world, _ = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        local = int(environment.get("LOCAL_RANK", rank))
+        if environment["MASTER_ADDR"] and 0 <= rank < world and 0 <= local < world:
             return None
-    except ValueError:
-        pass
-    named = [*given, *["MASTER_PORT"] * bool(environment.get("MASTER_PORT"))]
+    named = ", ".join(f"{name}={value[:40]!r}" for name, value in given.items())
     return (
-        f"{', '.join(f'{name}={environment[name][:40]!r}' for name in named)} in the environment"
-        f"{' without ' * bool(missing)}{', '.join(missing)}: of N processes each has WORLD_SIZE=N, a RANK and a "
-        "LOCAL_RANK from 0 to N-1, MASTER_ADDR and MASTER_PORT. They may be left over from a launcher. For one "
-        f"process: unset {' '.join(given)}. For several: torchrun --nproc_per_node N -m "
-        "etude.train_with_config CONFIG sets them all"
+        f"{named} in the environment: of N processes each has WORLD_SIZE=N, a RANK and a LOCAL_RANK from "
+        "0 to N-1, MASTER_ADDR and MASTER_PORT. They may be left over from a launcher. For one process: "
+        f"unset {' '.join(given)}. For several: torchrun --nproc_per_node N -m etude.train_with_config "
+        "CONFIG sets them all"
     )
 
 
@@ -61,7 +50,6 @@ FIRST = RANK == 0  # it speaks and writes for all
 one_is_gone = False  # whether another process of this training is known to have ended
 # The programs that are one process, whatever the environment says.
 ALONE = ("init", "evaluate", "chat", "verify", "reproduce")
-WAIT = 1800  # seconds that the processes of a training wait for each other
 # How long the launcher is asked who has spoken; it answers within milliseconds or is gone.
 PATIENCE = datetime.timedelta(seconds=5)
 
@@ -84,71 +72,28 @@ def check(program: str) -> None:
 
 
 def check_launcher(mixed_precision: str) -> None:
-    """Refuse what a launcher asks for and the trainer would not do, or do wrong.
+    """Refuse what `accelerate launch` asks for and the trainer would not do, or do wrong.
 
     `mixed_precision` is the configuration's: no, fp16 or bf16.
 
     Raises:
-        UserError: a model spread over the processes, another number format than the configuration's,
-            or processes that mpirun started.
+        UserError: a model spread over the processes, or another number format than the configuration's.
     """
     spread = [
         key
-        for key in os.environ
+        for key, value in os.environ.items()
         if re.fullmatch("ACCELERATE_USE_(FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG)", key)
-        and os.environ[key].lower() == "true"
+        and value.lower() == "true"
     ]
-    if spread:
-        raise UserError(
-            f"{spread[0]}=true in the environment, from `accelerate launch`: Etude gives each process the whole "
-            "base and shares out the rows. Use torchrun, or `accelerate launch --multi_gpu`; where the base "
-            "does not fit, model.quantization: int8 or nf4 holds it in a quarter or an eighth of its memory"
-        )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", mixed_precision):
+        spread.append("ACCELERATE_MIXED_PRECISION")
+    if spread:
         raise UserError(
-            f"accelerate launch: --mixed_precision {precision}, but the configuration says {mixed_precision}. "
-            "Leave it to the configuration: --mixed_precision no, and training.fp16 or training.bf16"
+            f"{', '.join(f'{key}={os.environ[key]}' for key in spread)} in the environment, from `accelerate "
+            f"launch`: Etude gives each process the whole base, in the configuration's number format "
+            f"({mixed_precision}). Use torchrun; where the base does not fit: model.quantization: int8 or nf4"
         )
-    # accelerate would take these up on a CPU, and each process train by itself.
-    mpi = [
-        key
-        for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-        if os.environ.get(key, "1") not in ("", "0", "1")
-    ]
-    if mpi and WORLD == 1:
-        raise UserError(
-            f"{mpi[0]}={os.environ[mpi[0]]} in the environment: mpirun asks for several processes, and Etude's are "
-            f"started by torchrun. For one process: unset {' '.join(mpi)}"
-        )
-
-
-@contextlib.contextmanager
-def joining() -> Iterator[None]:
-    """Say what the program waits for while the processes of a training that no torchrun started meet in the block.
-
-    Raises:
-        UserError: the others did not come.
-    """
-    if WORLD == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        yield
-        return
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    log.warning(
-        "process %d of %d (RANK, WORLD_SIZE) waits for the others at %s, for at most %d minutes; "
-        "Ctrl-C ends it", RANK, WORLD, where, WAIT // 60,
-    )  # fmt: skip
-    try:
-        # The libraries wait outside of Python, where its own handlers are not called.
-        with on_signals(signal.SIG_DFL):
-            yield
-    except RuntimeError as error:
-        if not re.search("gloo|nccl|store|socket|connect|address", str(error), re.I):
-            raise
-        raise UserError(
-            f"process {RANK} of {WORLD} did not meet the others at {where} ({first_line(error):.200}). Start as "
-            "many as WORLD_SIZE says, each with its RANK, or one alone: unset RANK LOCAL_RANK WORLD_SIZE"
-        ) from None
 
 
 @contextlib.contextmanager

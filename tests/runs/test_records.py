@@ -357,34 +357,19 @@ def test_metrics_that_are_garbage_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
-PROGRESS = {
-    "step": 3, "ended": False, "processes": 1, "step_loss": 1.0, "tokens_seen": 9,
-    "loss_since_log": 0.5, "last_log": 2, "groups": [], "scheduler": {}, "scaler": None,
-    "random": {}, "seconds": 2.5,
-}  # fmt: skip
-
-
-def test_progress_of_another_shape_ends_in_one_sentence(tmp_path):
+def test_progress_of_another_step_ends_in_one_sentence(tmp_path):
     def read(value):
         with checkpoints.writing(tmp_path / "checkpoint-3") as work:
             checkpoints.save_state(work, value, {"moment": torch.zeros(1)})
         assert checkpoints.why_not(tmp_path / "checkpoint-3") is None
         return checkpoints.read_progress(tmp_path / "checkpoint-3")
 
-    assert read(PROGRESS) == PROGRESS
-    for change in ({"step": 4}, {"random": 1}, {"processes": 0}, {"seconds": "x"}):
-        with pytest.raises(UserError, match="checkpoint-3: not what this version of Etude writes"):
-            read({**PROGRESS, **change})
-
-    @settings(FEW, max_examples=25)
-    @given(damage(PROGRESS))
-    def anything(value):
-        try:
+    assert read({"step": 3}) == {"step": 3}
+    for value in ({"step": 4}, {}, []):
+        with pytest.raises(
+            UserError, match=r"checkpoint-3: not what this version of Etude.*Remove this checkpoint"
+        ):
             read(value)
-        except UserError as error:
-            assert "Remove this checkpoint" in str(error)
-
-    anything()
 
 
 def test_started_of_another_shape_ends_in_one_sentence(tmp_path, finished):

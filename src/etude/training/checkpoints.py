@@ -7,7 +7,6 @@ is found by its sums and skipped.
 
 import contextlib
 import json
-import random
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +20,6 @@ if TYPE_CHECKING:
 
 SUMS = "sha256.json"
 PROGRESS, TENSORS = "progress.json", "state.safetensors"
-# What a training goes on from must be there, and of its kind.
-SHAPE: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "ended": bool,
-    "processes": int,
-    "step_loss": float,
-    "tokens_seen": int,
-    "seconds": float,
-    "loss_since_log": float,
-    "last_log": int,
-    "groups": list,
-    "scheduler": dict,
-    "scaler": (dict, type(None)),
-    "random": dict,
-}
 
 
 def name(step: int) -> str:
@@ -75,19 +59,15 @@ def remove(checkpoint: Path) -> None:
 def why_not(checkpoint: Path) -> str | None:
     """None if every file of `checkpoint` is what was written, else what is wrong."""
     try:
-        sums = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))
-        found = {file.name: file for file in _files(checkpoint) if file.name != SUMS}
-        if not isinstance(sums, dict) or PROGRESS not in sums:
-            return f"{SUMS} is damaged"
-        for file in sums.keys() | found.keys():
-            if file not in found:
-                return f"{file} is missing"
-            if file not in sums:
-                return f"{file} does not belong to it"
-            if files.sha256(found[file]) != sums[file]:
-                return f"{file} is damaged"
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{SUMS} cannot be read: {error}"
+        sums = files.read_json(checkpoint / SUMS)
+        found = {file.name: files.sha256(file) for file in _files(checkpoint) if file.name != SUMS}
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    differing = sorted(
+        file for file in sums.keys() | found.keys() if sums.get(file) != found.get(file)
+    )
+    if differing or PROGRESS not in found:
+        return f"missing, changed or not its own: {', '.join(differing) or PROGRESS}"
     return None
 
 
@@ -151,16 +131,15 @@ def load_state(checkpoint: Path) -> "tuple[dict[str, Any], dict[str, torch.Tenso
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """The progress of a checkpoint that verifies, its form checked.
+    """The progress of a checkpoint that verifies.
 
     Raises:
-        UserError: it is not what a training writes.
+        UserError: it is of another step: not what a training writes.
     """
     with reading(checkpoint):
         progress, _ = load_state(checkpoint)
-        wrong = [key for key, kind in SHAPE.items() if not isinstance(progress.get(key), kind)]
-        if wrong or progress["step"] != step_of(checkpoint) or progress["processes"] < 1:
-            raise ValueError(f"{PROGRESS}: {', '.join(wrong) or 'another step or no process'}")
+        if progress["step"] != step_of(checkpoint):
+            raise ValueError(f"{PROGRESS}: step {progress['step']}")
     return progress
 
 
@@ -212,40 +191,26 @@ def join_optimizer(
     return {"state": state, "param_groups": groups}
 
 
-def random_state() -> "tuple[dict[str, Any], dict[str, torch.Tensor]]":
-    """The state of every random generator: Python's and NumPy's as JSON values, torch's as tensors.
+def random_state() -> "dict[str, torch.Tensor]":
+    """The state of torch's random generators, which dropout draws from; no other is used in a training.
 
-    Several processes have torch's of each, one row a process; they all must ask.
+    Several processes have those of each, one row a process; they all must ask.
     """
-    import numpy as np
     import torch
 
-    kind, keys, *rest = np.random.get_state()
-    values = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
     tensors = {"random.cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.random.get_rng_state()
     every = distributed.gather(tensors)
-    if len(every) > 1:
-        tensors = {key: torch.stack([one[key] for one in every]) for key in tensors}
-    return values, tensors
+    return {key: torch.stack([one[key] for one in every]) for key in tensors}
 
 
-def set_random_state(
-    values: dict[str, Any], tensors: "dict[str, torch.Tensor]", processes: int = 1
-) -> None:
-    """Put every generator where `random_state` found it, in one of `processes`."""
-    import numpy as np
+def set_random_state(tensors: "dict[str, torch.Tensor]") -> None:
+    """Put every generator where `random_state` found it."""
     import torch
 
-    version, numbers, gauss = values["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = values["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    if processes > 1:
-        # With --force there may be more processes now. Cloned: torch reads a state from its storage's start.
-        row = distributed.RANK % processes
-        tensors = {key: value[row].clone() for key, value in tensors.items() if "random" in key}
-    torch.random.set_rng_state(tensors["random.cpu"])
+    # With --force there may be more processes now. Cloned: torch reads a state from its storage's start.
+    row = distributed.RANK % len(tensors["random.cpu"])
+    torch.random.set_rng_state(tensors["random.cpu"][row].clone())
     if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.random.set_rng_state(tensors["random.cuda"])
+        torch.cuda.random.set_rng_state(tensors["random.cuda"][row].clone())

@@ -58,19 +58,6 @@ def not_finite(
     )
 
 
-def check_adapter(model: Any) -> None:
-    """Refuse an adapter that cannot be saved.
-
-    Raises:
-        UserError: it holds numbers that are not finite.
-    """
-    if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
-        raise UserError(
-            "The adapter holds numbers that are not finite, so it was not saved. Lower "
-            "training.learning_rate, or use float32 in place of float16"
-        )
-
-
 class StepWatch:
     """Warns of a step from which nothing is learnt, and of a loss far above those before it."""
 

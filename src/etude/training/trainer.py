@@ -52,21 +52,19 @@ class Tally:
         step_loss: of the last step, in nats a supervised token.
         loss_since_log: the sum of the losses of the steps after `last_log`.
         last_log: the step of the last line of the log.
-        seconds_before: of the sessions before this one, up to its checkpoint.
-        began: when this session began, by the clock of the process.
+        began: when the training began, by the clock of the process and without what lay between sessions.
     """
 
     step_loss: float = math.nan
     tokens_seen: int = 0
     loss_since_log: float = 0.0
     last_log: int = 0
-    seconds_before: float = 0.0
     began: float = field(default_factory=lambda: time.perf_counter())
 
     @property
     def seconds(self) -> float:
         """Seconds of training up to now."""
-        return self.seconds_before + time.perf_counter() - self.began
+        return time.perf_counter() - self.began
 
     def add(self, loss: float, tokens: int) -> None:
         """Count a step."""
@@ -82,14 +80,12 @@ class Tally:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        kept = ("step_loss", "tokens_seen", "loss_since_log", "last_log", "seconds")
-        return {name: getattr(self, name) for name in kept}
+        return {**vars(self), "began": -self.seconds}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.step_loss, self.tokens_seen = state["step_loss"], state["tokens_seen"]
-        self.loss_since_log, self.last_log = state["loss_since_log"], state["last_log"]
-        self.seconds_before = state["seconds"]
+        vars(self).update(state)
+        self.began += time.perf_counter()
 
 
 class StepTrainer(Trainer):
@@ -115,22 +111,14 @@ class StepTrainer(Trainer):
             UserError: `checkpoint` is of another version, or the one with the best adapter was damaged.
         """
         self.tally.began = time.perf_counter()
-        progress = checkpoints.read_progress(checkpoint) if checkpoint else None
-        if checkpoint is None or progress is None:
+        if checkpoint is None:
             self.train()
+        elif checkpoints.read_progress(checkpoint)["ended"]:
+            self._restore(checkpoint, ended=True)
+            self._retain()  # the kill may have come before or amid it
         else:
-            with checkpoints.reading(checkpoint):
-                state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-                if state.global_step != progress["step"]:
-                    raise ValueError(f"{TRAINER_STATE_NAME}: global_step")
-            if progress["ended"]:
-                self.state = state
-                self.tally.restore(progress)
-                lora.restore(self.model, checkpoint)
-                self._retain()  # the kill may have come before or amid it
-            else:
-                self.add_callback(Resumption(lambda: self._restore(checkpoint)))
-                self.train(resume_from_checkpoint=str(checkpoint))
+            self.add_callback(Resumption(lambda: self._restore(checkpoint)))
+            self.train(resume_from_checkpoint=str(checkpoint))
         best = self.state.best_global_step
         # The first process writes the result, and another machine may not see the checkpoints.
         if distributed.FIRST and best and best != self.state.global_step:
@@ -275,7 +263,7 @@ class StepTrainer(Trainer):
         if step == self._saved_step:  # the end of an epoch may fall on a step that was saved
             return
         self._saved_step = step
-        numbers, tensors = checkpoints.random_state()
+        random = checkpoints.random_state()
         if not self.args.should_save:
             return
         optimizer: Any = self.optimizer
@@ -290,11 +278,10 @@ class StepTrainer(Trainer):
             "step": step,
             "ended": self.control.should_training_stop,
             "processes": self.args.world_size,
-            **self.tally.state(),
+            "tally": self.tally.state(),
             "groups": groups,
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
-            "random": numbers,
         }
         home = Path(str(self.args.output_dir))
         if read_started(home.parent):
@@ -302,7 +289,7 @@ class StepTrainer(Trainer):
         with checkpoints.writing(home / checkpoints.name(step)) as work:
             lora.save(self.model, work)
             self.state.save_to_json(str(work / TRAINER_STATE_NAME))
-            checkpoints.save_state(work, progress, tensors | moments)
+            checkpoints.save_state(work, progress, random | moments)
         self._retain()
 
     def _retain(self) -> None:
@@ -317,20 +304,26 @@ class StepTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Left to `_restore`."""
 
-    def _restore(self, checkpoint: Path) -> None:
-        """Put the training where it was when `checkpoint` was made, bit for bit."""
-        progress, tensors = checkpoints.load_state(checkpoint)
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
+    def _restore(self, checkpoint: Path, ended: bool = False) -> None:
+        """Put the training where it was when `checkpoint` was made, bit for bit.
+
+        Where it had `ended`, there is no optimizer yet, and none is needed.
+        """
         lora.restore(self.model, checkpoint)
         with checkpoints.reading(checkpoint):
+            progress, tensors = checkpoints.load_state(checkpoint)
+            self.tally.restore(progress["tally"])
+            self._saved_step = progress["step"]
+            if ended:
+                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                return
+            optimizer: Any = self.optimizer
+            scheduler: Any = self.lr_scheduler
             optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
             scheduler.load_state_dict(progress["scheduler"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
-            checkpoints.set_random_state(progress["random"], tensors, progress["processes"])
-        self.tally.restore(progress)
-        self._saved_step = progress["step"]
+            checkpoints.set_random_state(tensors)
 
 
 class Resumption(TrainerCallback):
@@ -425,7 +418,6 @@ def fit(
         )
         loop.run(checkpoint)
         seconds = tally.seconds
-    guards.check_adapter(model)
     rows = settings.training.rows_per_step
     return {
         "steps": loop.state.global_step,
@@ -452,43 +444,40 @@ def arguments(
         raise UserError(
             f"output.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
         )
-    with distributed.joining():  # here the processes meet, if there are several
-        made = TrainingArguments(
-            output_dir=str(folder / CHECKPOINTS),
-            per_device_train_batch_size=rows // distributed.WORLD,
-            learning_rate=training.learning_rate,
-            num_train_epochs=training.num_epochs,
-            max_steps=training.max_steps or -1,
-            lr_scheduler_type=SCHEDULERS[training.lr_scheduler],
-            warmup_steps=training.warmup_steps,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            optim="adamw_torch_fused",
-            # Gradients through a float16 base vanish unless the loss is scaled, which fp16 does.
-            fp16=training.fp16 or device.dtype == "float16",
-            bf16=training.bf16,
-            use_cpu=device.name == "cpu",
-            activation_checkpointing=training.gradient_checkpointing,
-            seed=training.seed,
-            logging_steps=training.logging_steps,
-            logging_first_step=True,
-            eval_strategy="steps" if validated else "no",
-            eval_steps=training.eval_steps or epoch,
-            save_strategy="steps",
-            save_steps=training.save_steps or training.eval_steps or epoch,
-            save_total_limit=training.save_total_limit,
-            restore_callback_states_from_checkpoint=True,
-            metric_for_best_model="eval_loss" if validated else None,
-            greater_is_better=False if validated else None,
-            report_to=list(config.output.report_to) or "none",
-            run_name=folder.name,
-            ddp_timeout=distributed.WAIT,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.name == "cuda",
-            disable_tqdm=True,
-        )
-        kind = made.device.type
+    made = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        per_device_train_batch_size=rows // distributed.WORLD,
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.num_epochs,
+        max_steps=training.max_steps or -1,
+        lr_scheduler_type=SCHEDULERS[training.lr_scheduler],
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        # Gradients through a float16 base vanish unless the loss is scaled, which fp16 does.
+        fp16=training.fp16 or device.dtype == "float16",
+        bf16=training.bf16,
+        use_cpu=device.name == "cpu",
+        activation_checkpointing=training.gradient_checkpointing,
+        seed=training.seed,
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=training.eval_steps or epoch,
+        save_strategy="steps",
+        save_steps=training.save_steps or training.eval_steps or epoch,
+        save_total_limit=training.save_total_limit,
+        restore_callback_states_from_checkpoint=True,
+        metric_for_best_model="eval_loss" if validated else None,
+        greater_is_better=False if validated else None,
+        report_to=list(config.output.report_to) or "none",
+        run_name=folder.name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.name == "cuda",
+        disable_tqdm=True,
+    )
     # Several GPUs are one process each: torchrun. Reading the device first is what sets the count.
-    if kind == "cuda":
+    if made.device.type == "cuda":
         made._n_gpu = 1
     return made
