@@ -62,7 +62,7 @@ def why_not(checkpoint: Path) -> str | None:
         sums = files.read_json(checkpoint / SUMS)
         found = {file.name: files.sha256(file) for file in _files(checkpoint) if file.name != SUMS}
     except (OSError, ValueError) as error:
-        return f"it cannot be read: {error}"
+        return f"{SUMS} cannot be read: {error}"
     differing = sorted(
         file for file in sums.keys() | found.keys() if sums.get(file) != found.get(file)
     )
