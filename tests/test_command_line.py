@@ -218,7 +218,7 @@ def test_every_printed_command_of_a_run_with_an_awkward_name(tmp_path, monkeypat
         "results": {"steps": 1},
         "data": {"train": {"kept": 1, "format": "text"}},
         "base": {"identity": "sha256:0"},
-        "environment": {"libraries": {"etude": "0"}},
+        "environment": {"etude": "0"},
     }
     card = model_card(config, manifest, "1 parameter")
     commands = [part for part in card.split("`") if part.startswith("etude ")]

@@ -308,7 +308,7 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     won = sum(line["tuned"]["loss"] < line["base"]["loss"] for line in lines)
     assert won == found["comparison"]["second_likelier"]
     twice = etude("runs", run, run)
-    assert "on the same 6 rows the loss of both is the same" in " ".join(twice.output.split())
+    assert "Cannot tell, it may be chance. The reference is" in " ".join(twice.output.split())
 
 
 def test_one_text_gets_a_response_its_quality_and_perplexity(tiny_model):
@@ -676,6 +676,5 @@ def test_summary_and_verdict_say_what_the_figures_say():
     assert head == ["", "base", "tuned"]
     assert ["stopped at EOS", "95.0%", "95.0%"] in rows
     assert ["good / fair / poor", "3 / 2 / 1", "3 / 2 / 1"] in rows
-    assert report.verdict(result) == ""
     comparison = {"only_first_right": 1, "only_second_right": 40, "p_value": 1e-9}
-    assert "p < 0.0001" in report.verdict({**result, "comparison": comparison})
+    assert "p < 0.0001" in report.verdict(comparison)

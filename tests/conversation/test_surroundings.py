@@ -253,12 +253,6 @@ def test_a_run_keeps_the_date_it_began_with(tiny_model, rows, tmp_path, monkeypa
     repeated = etude("reproduce", run)
     assert repeated.exit_code == 0, repeated.output
     assert recorded_date(tmp_path / "run-reproduced") == MONDAY
-    manifest["chat_format"]["date"] = "yesterday"
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError, match=r"chat_format\.date: .*Invalid isoformat string: 'yesterday'"
-    ):
-        opening.open_target(str(run), [])
 
 
 # --- an adapter made elsewhere -------------------------------------------------------------------
@@ -276,7 +270,7 @@ def foreign_adapter(tiny_model, tmp_path_factory):
 OTHER = CHATML.replace("You are a helpful assistant", "Rhyme")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "in the config", "file alone", "both", "too large"])
+@pytest.mark.parametrize("kind", ["nothing", "in the config", "both", "too large"])
 def test_an_adapters_own_tokenizer_and_template(
     foreign_adapter, tiny_model, tmp_path, kind, caplog, monkeypatch
 ):
@@ -291,8 +285,6 @@ def test_an_adapters_own_tokenizer_and_template(
         tokenizer.add_tokens(["<new>"])
     if kind in ("in the config", "both", "too large"):
         tokenizer.save_pretrained(folder, save_jinja_files=kind != "in the config")
-    if kind == "file alone":
-        (folder / "chat_template.jinja").write_text(OTHER)
     if kind == "too large":
         with pytest.raises(UserError, match=r"49,153 tokens.*embeds 49,152.*merge_and_unload"):
             opening.open_target(str(folder), ["training.use_cpu=true"])
@@ -300,12 +292,8 @@ def test_an_adapters_own_tokenizer_and_template(
     with caplog.at_level("INFO", "etude.runs.opening"):
         target = opening.open_target(str(folder), ["training.use_cpu=true"])
     assert target.renderer.template == (plain if kind == "nothing" else OTHER)
-    used = {"nothing": None, "file alone": "its own chat template"}.get(
-        kind, "its own tokenizer and chat"
-    )
-    assert bool(caplog.messages) == bool(used)
-    assert not used or used in caplog.messages[0]
     own = kind in ("in the config", "both")
+    assert any("its own tokenizer in use" in message for message in caplog.messages) == own
     assert (target.renderer.tokenizer.pad_token == "<|im_start|>") == own
     # What the user gives comes first.
     file = tmp_path / "mine.jinja"

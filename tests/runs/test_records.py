@@ -3,7 +3,6 @@
 import ast
 import copy
 import json
-import math
 import os
 import re
 import stat
@@ -25,10 +24,10 @@ from etude.conversation.renderer import Renderer
 from etude.data import dataset
 from etude.errors import Stopped, UserError
 from etude.models import gguf, loading, lora
-from etude.runs import comparison, opening, plots, proof
+from etude.runs import opening, plots, proof
 from etude.runs.card import model_card
 from etude.runs.folder import STARTED
-from etude.runs.manifest import changes_since, make_manifest, read_metrics
+from etude.runs.manifest import make_manifest, read_metrics
 from etude.training import checkpoints, guards, resuming, trainer
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -208,7 +207,7 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     results = {"steps": 1, "eval_loss": 1.0, "seconds": 1.0}
     manifest = make_manifest(config, base, renderer.state(), splits, results)
     loss = {"split": "train", "data": tables["train"].fingerprint, "rows": 2, "value": 1.0}
-    expected = {"tensors": 8, "sha256": "0" * 64, "dtype": "float32", "quantization": None}
+    expected = {"sha256": "0" * 64, "dtype": "float32", "quantization": None}
     return folder, base, renderer, json.loads(json.dumps(manifest)), {**expected, "loss": loss}
 
 
@@ -222,7 +221,6 @@ def readers(finished, monkeypatch):
 
     def examine(name, target, expected, examples):
         model = types.SimpleNamespace(dtype=torch.float32)
-        assert len(f"{expected['sha256']:.12}") <= 12
         return proof.compare_losses(name, model, target, expected, examples)
 
     def run_training(settings, reporter, force, repeated):
@@ -251,7 +249,6 @@ def test_damaged_manifests_end_in_one_sentence(finished, readers):
         (folder / "manifest.json").write_text(content)
         try:
             opening.open_target(str(folder), [])  # evaluate and chat
-            changes_since(folder)
             opened = "opened"
         except UserError as error:
             opened = str(error)
@@ -261,24 +258,14 @@ def test_damaged_manifests_end_in_one_sentence(finished, readers):
     opened, repeated = read(json.dumps(manifest))
     assert opened == "opened" and "as far as this" in repeated
     for path, new, words in (
-        (("config",), [], "config: Input should be a valid dictionary"),
         (("config", "lora", "r"), "many", "lora.r"),
-        (("data",), ["train"], "data: Input should be a valid dictionary"),
-        (("data", "train"), None, "data.train: Input should be"),
-        (("base", "device"), 5, "base.device: Input should be a valid string"),
-        (("base", "identity"), ..., "base.identity: Field required"),
-        (("environment",), "x", "environment: Input should be"),
-        (("chat_format",), None, "chat_format: Input should be"),
+        (("config",), ..., "no config in it"),
+        (("base",), ..., "no base in it"),
+        ((), ..., "not a JSON object"),
     ):
         _, repeated = read(json.dumps(changed(manifest, path, new)))
         assert words in repeated and "Traceback" not in repeated
-
-    @FEW
-    @given(damage(manifest))
-    def anything(value):
-        read(json.dumps(value))
-
-    anything()
+    assert "cannot be read" in read("{")[0]
 
 
 def test_damaged_proofs_end_in_one_sentence(finished, readers):
@@ -289,25 +276,10 @@ def test_damaged_proofs_end_in_one_sentence(finished, readers):
         (folder / "proof.json").write_text(content)
         return sentence(etude("verify", folder))
 
-    assert "train loss 1.0000 as in training" in read(json.dumps(expected))
-    for path, new, words in (
-        (("loss", "value"), math.nan, "loss.value: Input should be a finite number"),
-        (("loss", "value"), "1.0", "loss.value: Input should be a valid number"),
-        (("loss", "rows"), 0, "loss.rows"),
-        (("loss",), [], "loss: Input should be"),
-        (("quantization",), "int3", "quantization: Input should be"),
-        (("sha256",), ..., "sha256: Field required"),
-    ):
-        assert words in read(json.dumps(changed(expected, path, new)))
+    assert "train loss 1.0000 (1.0000 in training)" in read(json.dumps(expected))
+    assert "no sha256 in it" in read(json.dumps(changed(expected, ("sha256",), ...)))
     assert "not a JSON object" in read("[]")
     assert "cannot be read" in read("{")
-
-    @FEW
-    @given(damage(expected))
-    def anything(value):
-        read(json.dumps(value))
-
-    anything()
 
 
 def test_damaged_chats_end_in_one_sentence(tmp_path, sample_tokenizer):
@@ -343,16 +315,12 @@ def test_damaged_chats_end_in_one_sentence(tmp_path, sample_tokenizer):
     anything()
 
 
-def test_metrics_that_are_garbage_are_left_out(tmp_path):
+def test_lines_of_metrics_that_were_cut_short_are_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    good = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}, {"step": 2, "other": "x"}]
-    bad = ["5", "[]", '{"loss": 1}', '{"step": "1", "loss": 1}', '{"step": 1, "loss": "x"}',
-           '{"step": 1, "loss": NaN}', '{"step": 3, "loss": 1', "null", "[" * 10_000,
-           '{"step": true}', '{"step": 1, "loss": [1]}', '{"step": 1, "loss": 1e400}']  # fmt: skip
-    lines = [json.dumps(good[0]), *bad, *map(json.dumps, good[1:])]
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}]
+    lines = [json.dumps(good[0]), '{"step": 3, "loss": 1', json.dumps(good[1])]
     file.write_bytes("\n".join(lines).encode() + b'\n{"step": \xff\n')
     assert read_metrics(file) == good
-    assert comparison.logged_losses(tmp_path) == {(1, "loss"): 2.0, (2, "eval_loss"): 1.5}
     plots.loss_plot(file, tmp_path / "loss.png")
     assert read_metrics(tmp_path / "none") == []
 
@@ -385,7 +353,7 @@ def test_started_of_another_shape_ends_in_one_sentence(tmp_path, finished):
         (tmp_path / STARTED).write_text(json.dumps(value))
         resuming.start_folder(tmp_path, checkpoint, config, tables, base, False)
 
-    for value in ([], {**whole, "environment": []}, {**whole, "base": None}):
+    for value in ([], {"program": "etude"}, {**whole, "base": None}):
         with pytest.raises(UserError):
             read(value)
 
@@ -457,7 +425,7 @@ def card(name, folder, source):
         "results": {"steps": 3, "eval_loss": 1.5},
         "data": {"train": {"kept": 4, "format": "text"}},
         "base": {"identity": "sha256:0"},
-        "environment": {"libraries": {"etude": "0"}},
+        "environment": {"etude": "0"},
     }
     return model_card(config, manifest, "1 of 2 parameters train")
 

@@ -12,7 +12,9 @@ from etude import distributed, train_with_config
 from etude.config.loading import load_config, to_yaml
 from etude.errors import UserError
 from etude.models import lora
-from etude.runs import comparison, proof
+from etude.runs import proof
+from etude.runs.folder import METRICS
+from etude.runs.manifest import read_metrics
 from etude.training import resuming, trainer
 from etude.training.reporter import Reporter
 
@@ -120,10 +122,20 @@ def launched(tiny_model, tmp_path_factory):
     return folder, done
 
 
+def logged_losses(run):
+    """The losses in metrics.jsonl by step and kind."""
+    return {
+        (line["step"], kind): line[kind]
+        for line in read_metrics(run / METRICS)
+        for kind in ("loss", "eval_loss")
+        if kind in line
+    }
+
+
 def test_two_processes_learn_what_one_learns(launched):
     folder, done = launched
     assert done.stdout.count("\nmodel ") == 3  # once for each training, not for each process
-    one, two, apart = (comparison.logged_losses(folder / name) for name in ("one", "two", "apart"))
+    one, two, apart = (logged_losses(folder / name) for name in ("one", "two", "apart"))
     assert len([kind for _, kind in one if kind == "loss"]) == 22
     assert len([kind for _, kind in one if kind == "eval_loss"]) == 4
     assert two == pytest.approx(one, rel=1e-5)
@@ -161,7 +173,7 @@ def test_a_killed_process_ends_the_other_and_as_many_go_on_bit_for_bit(launched,
     assert lora.digest(lora.read_weights(folder / "killed")) == lora.digest(
         lora.read_weights(folder / "two")
     )
-    assert comparison.logged_losses(folder / "killed") == comparison.logged_losses(folder / "two")
+    assert logged_losses(folder / "killed") == logged_losses(folder / "two")
 
 
 def test_a_mistake_is_told_once(launched):

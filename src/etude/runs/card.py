@@ -7,7 +7,7 @@ from etude.config.yaml import scalar
 from etude.errors import command
 from etude.models.gguf import SAMPLE
 from etude.runs.folder import CONFIG
-from etude.runs.markdown import cell, code
+from etude.runs.markdown import cell
 
 
 def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:
@@ -26,20 +26,20 @@ tags: [lora, etude]
 
 # {cell(Path(folder).name)}
 
-A LoRA adapter for {code(name)} ({manifest["base"]["identity"]}), trained with Etude
-{manifest["environment"]["libraries"]["etude"]}. {parameters}.
+A LoRA adapter for `{cell(name)}` ({manifest["base"]["identity"]}), trained with Etude
+{manifest["environment"]["etude"]}. {parameters}.
 
 | | |
 | --- | --- |
-| data | {cell(code(config.dataset.train))}, {train["kept"]:,} rows, format {train["format"]} |
+| data | `{cell(config.dataset.train)}`, {train["kept"]:,} rows, format {train["format"]} |
 | rank, alpha, layers | {config.lora.r}, {config.lora.alpha:g}, {cell(", ".join(config.lora.target_modules))} |
 | steps | {results["steps"]:,} of {config.training.rows_per_step} examples |
 | learning rate | {config.training.learning_rate:g}, {config.training.lr_scheduler} |
 | validation loss | {loss} nats per token |
 
-{code(command("etude", "chat", Path(folder)))} chats with it;
-{code(command("etude", "evaluate", Path(folder), "--base"))} measures it;
-{code(command("etude", "train", Path(folder, CONFIG), "output.dir=runs/again"))} trains it
+`{command("etude", "chat", Path(folder))}` chats with it;
+`{command("etude", "evaluate", Path(folder), "--base")}` measures it;
+`{command("etude", "train", Path(folder, CONFIG), "output.dir=runs/again")}` trains it
 again. With PEFT alone:
 
 ```python

@@ -3,22 +3,20 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 from etude.config.loading import check_config, key_paths, value_at
 from etude.config.yaml import scalar
-from etude.errors import UserError, command
-from etude.measure import intervals
-from etude.models import lora
-from etude.runs.folder import METRICS
+from etude.runs.evaluations import compared
 from etude.runs.listing import TUNED, cell, describe, evaluations
-from etude.runs.manifest import read_manifest, read_metrics
-from etude.runs.report import p_value, shown, terminal_table
+from etude.runs.manifest import read_manifest
+from etude.runs.report import shown, terminal_table, verdict
 
-LEVEL = 0.95  # of the intervals; a difference counts where chance alone makes it in 5 % of cases or less
+# A difference counts where chance alone makes one as large in at most so many cases.
+CHANCE = 0.05
 # How far the losses of a repeated training may be from the first's, on another machine.
 REPEATED = 0.02
-SAME_ROWS = ("sha256", "rows", "drawn", "format")
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -37,20 +35,10 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         settings[f"{split} rows (SHA-256)"] = [f"{value:.12}" for value in sums]
     rows = [describe(folder) for folder in (first, second)]
     figures = {key: [row[key] for row in rows] for key in ("rows", "steps", "loss", "size")}
-    for (home, one), (other_home, other) in _same_rows(first, second):
-        test = paired_test(_predictions(home), _predictions(other_home))
-        if test:
-            measured = [shown(report["models"][TUNED]) for report in (one, other)]
-            figures |= {key: [value, measured[1].get(key)] for key, value in measured[0].items()}
-            answer = _answer(test, first, second)
-            break
-    else:
-        data = configs[0].dataset.test
-        option = [] if data and data == configs[1].dataset.test else ["--data", data or "FILE"]
-        runs = " and ".join(command("etude", "evaluate", run, *option) for run in (first, second))
-        answer = (
-            f"cannot tell: they were not evaluated on the same rows. Run {runs}, then this again"
-        )
+    reports, answer = _better(first, second)
+    if reports:
+        one, other = (shown(report["models"][TUNED]) for report in reports)
+        figures |= {key: [value, other.get(key)] for key, value in one.items()}
     return {
         "settings": {
             key: pair
@@ -58,7 +46,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             if pair[0] != pair[1] and key != "output.dir"
         },
         "figures": figures,
-        "answer": f"Is {first} better than {second}? {answer[0].upper()}{answer[1:]}.",
+        "answer": f"Is {first} better than {second}? {answer}",
     }
 
 
@@ -76,150 +64,74 @@ def tables(found: dict[str, Any], first: Path, second: Path) -> list[Any]:
     ]
 
 
-def _same_rows(first: Path, second: Path) -> list[tuple[Any, Any]]:
-    """The pairs of evaluations that may be of the same rows, the newest first."""
-    return [
-        (a, b)
-        for a in evaluations(first)
-        for b in evaluations(second)
-        if all(a[1]["data"].get(key) == b[1]["data"].get(key) for key in SAME_ROWS)
-        and a[1].get("method") == b[1].get("method")
-        and all(TUNED in report["models"] for _, report in (a, b))
-    ]
+def _better(first: Path, second: Path) -> tuple[list[dict[str, Any]], str]:
+    """The newest evaluations of the same rows, none if there are none; and whether the first is better."""
+    for home, report in evaluations(first):
+        for other_home, other in evaluations(second):
+            how = [(each["data"]["sha256"], each.get("method")) for each in (report, other)]
+            if how[0] == how[1] and TUNED in report["models"] and TUNED in other["models"]:
+                lines = [_predictions(folder) for folder in (home, other_home)]
+                if [_row(line) for line in lines[0]] == [_row(line) for line in lines[1]]:
+                    kind = report["models"][TUNED]["kind"]
+                    return [report, other], _answer(kind, lines, first, second)
+    return [], (
+        "Cannot tell: they were not evaluated on the same rows. Evaluate both with the same "
+        "--data FILE (etude evaluate RUN --data FILE), then compare them again."
+    )
 
 
 def _predictions(folder: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation's predictions.jsonl.
+    """The lines of an evaluation's predictions.jsonl."""
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    return [{TUNED: {}, **json.loads(line)} for line in text.split("\n") if line]
+
+
+def _row(line: dict[str, Any]) -> list[Any]:
+    """The row that a prediction is of."""
+    return [line.get(key) for key in ("line", "text", "messages", "label")]
+
+
+def _answer(kind: str, predictions: list[list[dict[str, Any]]], first: Path, second: Path) -> str:
+    """Whether the first is better by its predictions of the same rows, with what the paired test found."""
+    measured = [
+        {
+            "kind": kind,
+            "truth": [line.get("label") for line in lines],
+            "predicted": [line[TUNED].get("predicted") for line in lines],
+            "losses": [line[TUNED].get("loss", math.nan) for line in lines],
+        }
+        for lines in predictions
+    ]
+    test = compared(*measured)
+    if kind == "classification":
+        lead = test["only_first_right"] - test["only_second_right"]
+    else:  # of two signs that differ, neither says which is better
+        losses = [fmean(each["losses"]) for each in measured]
+        more = test["first_likelier"] - test["second_likelier"]
+        lead = more if more * (losses[1] - losses[0]) > 0 else 0
+    word = "Cannot tell, it may be chance."
+    if test["p_value"] <= CHANCE and lead:
+        word = "Yes." if lead > 0 else "No."
+    return f"{word} {verdict(test, first, second)}"
+
+
+def compare_training(first: Path, second: Path) -> tuple[bool, float, str]:
+    """Compare what two trainings ended with, as their manifests say.
+
+    Returns:
+        Whether losses and adapter are the same, bit for bit; by how much a loss differs at most, relative
+        to the first run's; and that in words.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: one of them is not a finished run.
     """
-    file = folder / "predictions.jsonl"
-    try:
-        text = file.read_text(encoding="utf-8")
-        return [{TUNED: {}, **json.loads(line)} for line in text.split("\n") if line]
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read: {error}. Evaluate the run again: etude evaluate {folder.parent}"
-        ) from None
-
-
-def paired_test(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """A paired test on two models' predictions of the same rows; None if they are of others.
-
-    Labels: the difference in accuracy, McNemar's exact test, and its interval by Clopper and Pearson's
-    for the share s of the d discordant rows that the first has right: (2 s - 1) d / n, which holds 0
-    just where the test finds nothing. Else: the difference in mean loss per row, negated so that more
-    is better, Wilcoxon's signed-rank test, and Student's interval of the mean.
-    """
-    from scipy import stats
-
-    keys, count = ("line", "text", "messages", "label"), len(first)
-    rows = [[[line.get(key) for key in keys] for line in lines] for lines in (first, second)]
-    ours, theirs = [line[TUNED] for line in first], [line[TUNED] for line in second]
-    if not count or rows[0] != rows[1]:
-        return None
-    test: Any
-    if all("loss" in line for line in ours + theirs):
-        kind, losses = "loss", [[line["loss"] for line in lines] for lines in (ours, theirs)]
-        test = intervals.paired_losses(*losses)
-        better = [b - a for a, b in zip(*losses, strict=True)]
-        mean, error = sum(better) / count, stats.sem(better) if count > 1 else 0.0
-        low, high = stats.t.interval(LEVEL, count - 1, mean, error) if error else (mean, mean)
-    elif all("predicted" in line for line in ours + theirs) and "label" in first[0]:
-        kind, truth = "accuracy", [str(line.get("label")) for line in first]
-        test = intervals.mcnemar(
-            truth, *([line["predicted"] for line in lines] for lines in (ours, theirs))
-        )
-        right, wrong = test["only_first_right"], test["only_second_right"]
-        apart, mean = right + wrong, (right - wrong) / count
-        share = stats.binomtest(right, apart).proportion_ci(LEVEL) if apart else (0.5, 0.5)
-        low, high = ((2 * end - 1) * apart / count for end in share)
-    else:
-        return None
-    return {**test, "kind": kind, "rows": count, "difference": mean, "low": low, "high": high}
-
-
-def _answer(test: dict[str, Any], first: Path, second: Path) -> str:
-    """Whether the first is better, with the difference, its interval and the p-value."""
-    rows = f"on the same {test['rows']:,} rows the {test['kind']}"
-    if not test["difference"]:
-        return f"cannot tell: {rows} of both is the same ({p_value(test)})"
-    sure = test["p_value"] <= 1 - LEVEL and not test["low"] <= 0 <= test["high"]
-    ahead = test["difference"] > 0
-    word = ("yes" if ahead else "no") if sure else "cannot tell, it may be chance"
-    points = test["kind"] == "accuracy"
-    scale = (100 if points else 1) * (1 if ahead else -1)
-    low, by, high = sorted(scale * test[end] for end in ("low", "difference", "high"))
-    unit, form = ("points", ".1f") if points else ("nats per token", ".4f")
-    return (
-        f"{word}: {rows} of {first if ahead else second} is better by {by:{form}} {unit} "
-        f"({LEVEL:.0%} interval {low:{form}} to {high:{form}}; {p_value(test)})"
-    )
-
-
-# --- is B the same training as A? --------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """Two runs side by side: the same bit for bit, or close, and the figures in words."""
-
-    same: bool
-    close: bool
-    losses: str
-    adapter: str
-
-
-def compare_training(first: Path, second: Path) -> Comparison:
-    """Compare the logged losses and the adapters of two runs.
-
-    They are close if no loss deviates by more than REPEATED, relative to the first run's.
-
-    Raises:
-        UserError: a damaged adapter.
-    """
-    before, after = logged_losses(first), logged_losses(second)
-    missing = len(before.keys() ^ after.keys())
-    deviations = {
-        key: abs(after[key] - loss) / max(abs(loss), 1e-6)
-        for key, loss in before.items()
-        if key in after
-    }
-    differing = [key for key, deviation in deviations.items() if deviation]
-    losses = f"{len(deviations)} logged losses, all the same"
-    if differing:
-        step, kind = differing[0]
-        worst = max(differing, key=deviations.__getitem__)
-        losses = (
-            f"{len(differing)} of {len(deviations)} logged losses differ, first at step {step} ({kind} "
-            f"{before[step, kind]:.6f}, now {after[step, kind]:.6f}), by up to "
-            f"{deviations[worst]:.2g} relative (step {worst[0]})"
-        )
-    if missing:
-        losses += f"; {missing} are in one run only"
-    old, new = lora.read_weights(first), lora.read_weights(second)
-    faults, same = lora.compare_keys(new, old), lora.digest(old) == lora.digest(new)
-    if faults:
-        adapter = "; ".join(faults)
-    elif same:
-        adapter = f"the same, SHA-256 {lora.digest(new)}"
-    else:
-        largest = max(float((new[key] - old[key]).abs().max()) for key in old)
-        scale = max(float(old[key].abs().max()) for key in old)
-        adapter = f"differs by up to {largest:.2g} (its largest weight is {scale:.2g})"
-    return Comparison(
-        same=same and not (differing or missing),
-        close=not (missing or faults) and max(deviations.values(), default=math.inf) <= REPEATED,
-        losses=losses,
-        adapter=adapter,
-    )
-
-
-def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
-    """The losses in metrics.jsonl by step and kind (loss, eval_loss), in their order."""
-    return {
-        (line["step"], kind): line[kind]
-        for line in read_metrics(folder / METRICS)
-        for kind in ("loss", "eval_loss")
-        if kind in line
-    }
+    before, after = (read_manifest(folder) for folder in (first, second))
+    deviation, words = 0.0, []
+    for key in ("steps", "train_loss", "eval_loss"):
+        old, new = (manifest["results"][key] for manifest in (before, after))
+        words.append(f"{key} {old}" if old == new else f"{key} {old}, now {new}")
+        if old != new:
+            deviation = max(deviation, abs(new - old) / max(abs(old), 1e-6))
+    same = before["adapter"] == after["adapter"]
+    words.append("the same adapter" if same else "another adapter")
+    return same and not deviation, deviation, "; ".join(words)

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,65 +11,48 @@ from etude.config.loading import check_config, key_paths, value_at
 from etude.config.schema import Config
 from etude.data import dataset
 from etude.errors import UserError, command
-from etude.files import expanded
 from etude.measure import intervals
 from etude.models import lora
 from etude.runs import opening
-from etude.runs.folder import MANIFEST, Busy, entries, free_name, locked
+from etude.runs.folder import MANIFEST, entries, free_name
 from etude.runs.manifest import current_environment, read_manifest
 
-# What decides the figures of an evaluation, beside the weights and the rows.
-DECIDING = (
-    *(f"model.{key}" for key in ("name", "revision", "dtype", "quantization", "chat_template")),
-    *(f"dataset.{key}" for key in ("instruction", "system_prompt", "labels", "format", "columns")),
-    *(
-        f"dataset.{key}"
-        for key in ("max_length", "overlength", "special_tokens", "on_bad_row", "ignore")
-    ),
-    "training.seed",
-    "evaluation.",
-    "generation.",
-)
+# The settings that decide the figures of an evaluation, beside the weights and the rows.
+DECIDING = ("model.", "dataset.", "evaluation.", "generation.", "training.seed")
 PER_ROW = ("truth", "predicted", "said", "losses")  # kept in predictions.jsonl
 
 
 @contextlib.contextmanager
 def report_folder(name: str, out: Path | None) -> Iterator[Path]:
-    """An empty folder for the report, made and locked for this process; without a report it goes again.
+    """An empty folder for the report, new but for an empty `out`; without a report it goes again.
 
     Raises:
-        UserError: `out` holds something, or another process writes there.
+        UserError: `out` holds something.
     """
     if out:
-        folder = expanded(str(out))
-        with locked(folder):
-            there = entries(folder)
-            if there:
-                what = "a report" if "report.json" in there else ", ".join(there[:5])
-                raise UserError(
-                    f"--out: {folder} holds {what} already; give a new folder: "
-                    f"{command('--out', free_name(folder))}"
-                )
-            yield folder
-        return
-    # A model's own folder is no place for reports; a run's is.
-    run = lora.is_adapter(expanded(name))
-    home = expanded(name) if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
-    if not run and not Path(os.path.realpath(home)).is_relative_to(os.path.realpath("runs")):
-        raise UserError(f"{home} is a link that leads out of runs/; give a folder: --out FOLDER")
-    with contextlib.ExitStack() as stack:
+        folder = out
+        folder.mkdir(parents=True, exist_ok=True)
+        if there := entries(folder):
+            what = "a report" if "report.json" in there else ", ".join(there[:5])
+            raise UserError(
+                f"--out: {folder} holds {what} already; give a new folder: "
+                f"{command('--out', free_name(folder))}"
+            )
+    else:
+        # A model's own folder is no place for reports; a run's is.
+        run = lora.is_adapter(Path(name))
+        home = Path(name) if run else Path("runs") / re.sub(r"\W+", "-", name).strip("-")
+        home.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             folder = home / (f"evaluation-{number}" if number > 1 else "evaluation")
-            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-                continue
-            if folder.is_dir() and entries(folder):
-                continue
-            with contextlib.suppress(Busy):
-                stack.enter_context(locked(folder))
-                if not entries(folder):
-                    break
-                stack.close()  # another process was quicker
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()  # of two processes, only one makes it
+                break
+    try:
         yield folder
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
@@ -78,23 +60,18 @@ def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
 
     A run's are those that its manifest says it was trained with; its config.yml may have changed since.
     """
-    folder = expanded(name)
-    before = Config().model_copy(update={"model": settings.model})
-    with contextlib.suppress(UserError):  # a run of another version, or faults that overrides fix
-        if (folder / MANIFEST).is_file():
-            before = check_config(read_manifest(folder)["config"], {})
-        else:
-            before = opening.open_config(name, [])
+    if (Path(name) / MANIFEST).is_file():
+        before = check_config(read_manifest(Path(name))["config"], {})
+    else:
+        before = opening.open_config(name, [])
     keys = [key for key in key_paths() if key.startswith(DECIDING)]
     values = {key: value_at(settings, key) for key in keys}
-    return {
-        "settings": values,
-        "overridden": {
-            key: {"before": value_at(before, key), "now": value}
-            for key, value in values.items()
-            if value != value_at(before, key)
-        },
+    changed = {
+        key: {"before": value_at(before, key), "now": value}
+        for key, value in values.items()
+        if value != value_at(before, key)
     }
+    return {"settings": values, "overridden": changed}
 
 
 def assemble(

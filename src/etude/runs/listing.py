@@ -6,8 +6,8 @@ from typing import Any
 
 from etude import files
 from etude.errors import UserError
-from etude.runs.folder import MANIFEST, METRICS, STARTED, how_to_continue, live, read_started
-from etude.runs.manifest import read_manifest, read_metrics
+from etude.runs.folder import MANIFEST, METRICS, STARTED, how_to_continue, is_finished, live
+from etude.runs.manifest import read_manifest, read_metrics, read_record
 from etude.runs.report import terminal_table
 
 COLUMNS = ("run", "base", "data", "rows", "steps", "loss", "accuracy", "size", "date")
@@ -21,24 +21,18 @@ def describe(folder: Path) -> dict[str, Any]:
     finished, live, unfinished or corrupt, and "problem" says why it is not finished.
     """
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "problem"))
-    row |= {"run": str(folder), "state": "finished", "size": _size(folder)}
-    who = live(folder)
+    row |= {"run": str(folder), "size": _size(folder)}
     try:
-        if (folder / MANIFEST).is_file():
-            row |= _finished(folder)
-        elif facts := read_started(folder):
-            logged = read_metrics(folder / METRICS)
-            row |= {"steps": logged[-1]["step"] if logged else 0, **_configured(facts["config"])}
-            row["state"] = "live" if who else "unfinished"
-            row["problem"] = f"trained by {who}" if who else how_to_continue(folder)
+        if is_finished(folder):
+            facts = _finished(folder)
+        elif who := live(folder):
+            facts = _begun(folder) | {"state": "live", "problem": f"trained by {who}"}
         else:
-            raise UserError(f"{folder / STARTED}: cannot be read")
-    except UserError as error:
-        row |= {"state": "corrupt", "problem": str(error)}
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        problem = f"{folder}: a file in it is not what Etude writes ({error!r:.80})"
-        row |= {"state": "corrupt", "problem": problem}
-    return row
+            facts = _begun(folder) | {"state": "unfinished", "problem": how_to_continue(folder)}
+    except Exception as error:  # whatever is wrong with one run, the others are listed
+        problem = str(error) if isinstance(error, UserError) else f"cannot be read: {error!r:.80}"
+        return row | {"state": "corrupt", "problem": problem}
+    return row | facts
 
 
 def _size(folder: Path) -> int:
@@ -49,24 +43,31 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _configured(config: dict[str, Any]) -> dict[str, Any]:
-    return {"base": str(config["model"]["name"]), "data": str(config["dataset"]["train"])}
+def _begun(folder: Path) -> dict[str, Any]:
+    """What is known of a run that has not ended."""
+    logged = read_metrics(folder / METRICS)
+    config = read_record(folder / STARTED, "config")["config"]
+    return {"steps": logged[-1]["step"] if logged else 0, **_names(config)}
 
 
 def _finished(folder: Path) -> dict[str, Any]:
     """What the manifest and the newest evaluation of a finished run say."""
     manifest = read_manifest(folder)
     results = manifest["results"]
-    loss = results["train_loss"] if results["eval_loss"] is None else results["eval_loss"]
     measured = (report["models"].get(TUNED, {}) for _, report in evaluations(folder))
     return {
-        **_configured(manifest["config"]),
-        "rows": int(manifest["data"]["train"]["kept"]),
-        "steps": int(results["steps"]),
-        "loss": float(loss),
+        **_names(manifest["config"]),
+        "rows": manifest["data"]["train"]["kept"],
+        "steps": results["steps"],
+        "loss": results["train_loss"] if results["eval_loss"] is None else results["eval_loss"],
         "accuracy": next((one["accuracy"] for one in measured if "accuracy" in one), None),
-        "date": str(manifest["created"])[:10],
+        "date": manifest["created"][:10],
+        "state": "finished",
     }
+
+
+def _names(config: dict[str, Any]) -> dict[str, Any]:
+    return {"base": config["model"]["name"], "data": config["dataset"]["train"]}
 
 
 def list_runs(home: Path) -> list[dict[str, Any]]:
@@ -86,26 +87,24 @@ def list_runs(home: Path) -> list[dict[str, Any]]:
 
 
 def evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The evaluations in a run's folder with their report.json, the newest first; others are left out."""
-    found = []
-    for file in folder.glob("evaluation*/report.json"):
-        try:
-            report = files.read_json(file)
-        except ValueError:
-            continue
-        if isinstance(report.get("models"), dict) and isinstance(report.get("data"), dict):
-            found.append((file.parent, report))
-    return sorted(found, key=lambda each: each[0].joinpath("report.json").stat().st_mtime)[::-1]
+    """The evaluations in a run's folder with their report.json, the newest first."""
+    reports = folder.glob("evaluation*/report.json")
+    newest = sorted(reports, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [(file.parent, files.read_json(file)) for file in newest]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Any]:
     """What the terminal shows of runs: a table, then a line for each one that is not finished."""
     lines = []
     for row in rows:
-        names = {key: Path(row[key] or "").name for key in ("run", "base")}
-        names |= {"data": Path(row["data"] or "").stem}
-        size = f"{row['size'] / 1e6:,.1f} MB"
-        shown = row | names | {"size": size, "date": row["date"] or row["state"]}
+        shown = {
+            **row,
+            "run": Path(row["run"]).name,
+            "base": Path(row["base"] or "").name,
+            "data": Path(row["data"] or "").stem,
+            "size": f"{row['size'] / 1e6:,.1f} MB",
+            "date": row["date"] or row["state"],
+        }
         lines.append([cell(shown[key]) for key in COLUMNS])
     problems = [f"{row['run']}: {row['state']}: {row['problem']}" for row in rows if row["problem"]]
     table = terminal_table(COLUMNS, lines)

@@ -1,6 +1,5 @@
-"""Pieces of Markdown that hold a user's words: a table, a cell, a line, code."""
+"""Tables in Markdown, which hold a user's words."""
 
-import re
 from collections.abc import Sequence
 
 
@@ -11,17 +10,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---:"
 
 
 def cell(text: str) -> str:
-    """Text as a cell of a table."""
-    return line(text).replace("|", "\\|")
-
-
-def line(text: str) -> str:
-    """Text on one line."""
-    return " ".join(text.splitlines())
-
-
-def code(text: str) -> str:
-    """Text as code within a line, fenced by more backticks than it holds in a row."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{line(text)}{pad}{fence}"
+    """Text as a cell of a table: on one line, a bar escaped."""
+    return " ".join(text.splitlines()).replace("|", "\\|")

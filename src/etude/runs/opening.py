@@ -12,12 +12,11 @@ from etude import files
 from etude.config.loading import Override, load_config
 from etude.config.schema import Config
 from etude.conversation.renderer import Renderer
-from etude.errors import UserError, command
+from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, read_started, refuse_live
+from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, live, read_started
 from etude.runs.manifest import read_manifest, recorded_date
 
-TEMPLATE = "chat_template.jinja"  # beside the adapter, as transformers writes it
 TEMPLATE_LIMIT = 2**20  # bytes
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def open_config(name: str, overrides: Sequence[Override]) -> Config:
     Raises:
         UserError: no such run, one without an adapter, or faults in its configuration.
     """
-    folder = files.expanded(name)
+    folder = Path(name)
     if lora.is_adapter(folder):
         if (folder / CONFIG).is_file():
             return load_config(folder / CONFIG, overrides=overrides)
@@ -65,18 +64,16 @@ def open_config(name: str, overrides: Sequence[Override]) -> Config:
         if not named:
             raise UserError(f"{name}: adapter_config.json does not name the adapter's base")
         name = named
-    elif read_started(folder) is not None:
-        refuse_live(name)
-        raise UserError(
-            f"{name}: this run has no adapter yet; its training did not end. "
-            f"To finish it, {how_to_continue(folder)}"
+    elif (who := live(folder)) or read_started(folder) is not None:
+        then = (
+            f"it is being trained by {who}, wait for its end"
+            if who
+            else f"to finish it, {how_to_continue(folder)}"
         )
-    elif (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{name}: there is a {CONFIG} but neither an adapter nor a run of Etude's in this folder. "
-            f"To train by it: {command('etude', 'train', folder / CONFIG)}"
+            f"{name}: this run has no adapter yet, for its training did not end; {then}"
         )
-    elif name.startswith(("runs/", "./", "../", "/", "~")) and not folder.exists():
+    elif name.startswith(("runs/", "./", "../", "/")) and not folder.exists():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))
         raise UserError(
             f"{name}: no such run; there are: {', '.join(there) or 'none yet (etude train makes one)'}"
@@ -90,20 +87,18 @@ def open_target(name: str, overrides: Sequence[Override]) -> Target:
     Raises:
         UserError: not there, or an adapter that was trained on another base or chat format.
     """
-    config = open_config(name, overrides)
-    folder = files.expanded(name)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    config, folder = open_config(name, overrides), Path(name)
     base = _load(config)
     if not lora.is_adapter(folder):
-        renderer = renderer_for(base, config, today())
-        return Target(base, renderer, config, None)
+        return Target(base, renderer_for(base, config, today()), config, None)
     lora.check_base(name, lora.describe(folder).revision, base.identity)
     if (folder / CONFIG).is_file():  # one of Etude's runs, which has the base's tokenizer
         renderer = renderer_for(base, config, recorded_date(folder))
     else:
-        base, template = _with_its_own(base, folder)
-        renderer = renderer_for(base, config, today(), template)
-    if manifest:
+        base = _with_own_tokenizer(base, folder)
+        renderer = renderer_for(base, config, today())
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
         lora.check_base(name, manifest["base"]["identity"], base.identity)
         renderer.check_state(manifest["chat_format"], name)
     return Target(base, renderer, config, folder)
@@ -116,18 +111,13 @@ def _load(config: Config) -> loading.Base:
     return loading.load_base(config.model.name, place, config.model.revision, quantization)
 
 
-def _with_its_own(base: loading.Base, folder: Path) -> tuple[loading.Base, str | None]:
-    """`base` with the tokenizer in an adapter's `folder`, and the chat template there, if any."""
-    template, kept = None, []
+def _with_own_tokenizer(base: loading.Base, folder: Path) -> loading.Base:
+    """`base` with the tokenizer in an adapter's `folder`, and its chat template, if there is one."""
     tokenizer = loading.own_tokenizer(folder, base)
-    if tokenizer:
-        base = dataclasses.replace(base, tokenizer=tokenizer)
-        kept = ["tokenizer", "chat template"] if tokenizer.chat_template else ["tokenizer"]
-    elif (folder / TEMPLATE).is_file():
-        template, kept = _read_template(folder / TEMPLATE, str(folder)), ["chat template"]
-    if kept:
-        log.info("%s: its own %s in use, not the base's", folder, " and ".join(kept))
-    return base, template
+    if tokenizer is None:
+        return base
+    log.info("%s: its own tokenizer in use, not the base's", folder)
+    return dataclasses.replace(base, tokenizer=tokenizer)
 
 
 def today() -> datetime.date:
@@ -136,27 +126,18 @@ def today() -> datetime.date:
 
 
 def renderer_for(
-    base: loading.Base | loading.Outline,
-    config: Config,
-    date: datetime.date | None = None,
-    template: str | None = None,
+    base: loading.Base | loading.Outline, config: Config, date: datetime.date | None = None
 ) -> Renderer:
     """The renderer of a base under a config; `date` is for templates that write one.
-
-    `template` is used where the config names no file.
 
     Raises:
         UserError: a template file that cannot be read, or a template that cannot be used.
     """
-    if config.model.chat_template:
-        file = files.expanded(config.model.chat_template)
-        template = _read_template(file, f"model.chat_template: {config.model.chat_template}")
+    template, name = None, config.model.chat_template
+    if name:
+        try:
+            template = files.read_text(Path(name), TEMPLATE_LIMIT)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {name}: cannot be read: {error}") from None
     # Raw text needs no template, so a bad one is an error of the first conversation.
     return Renderer(base.tokenizer, template, config.dataset.system_prompt, date)
-
-
-def _read_template(file: Path, where: str) -> str:
-    try:
-        return files.read_text(file, TEMPLATE_LIMIT)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read: {error}") from None

@@ -25,6 +25,7 @@ def loss_plot(metrics_file: Path, picture: Path) -> None:
 
 def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
     """Draw a confusion matrix as a PNG: rows are the truth, columns the prediction, shares of a row."""
+    import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -34,18 +35,15 @@ def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
     # scikit-learn draws squares: no row is truly "unparseable".
     shares = np.zeros((size, size))
     shares[: len(counts)] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    legible = size <= 30
-    side = 2 + 0.9 * size if legible else 12
+    side = min(2 + 0.9 * size, 30)
     figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    # To matplotlib a dollar sign begins a formula.
-    labels = [name.replace("$", r"\$") for name in result["columns"]]
-    display = ConfusionMatrixDisplay(shares, display_labels=labels)
-    display.plot(
-        ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, xticks_rotation=30,
-        include_values=legible, values_format=".0%",
-    )  # fmt: skip
-    if not legible:
-        axes.set(xticks=[], yticks=[])
-    axes.set_title(title.replace("$", r"\$"))
-    figure.savefig(picture, dpi=120)
+    display = ConfusionMatrixDisplay(shares, display_labels=result["columns"])
+    # A dollar sign in a label begins no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        axes = figure.subplots()
+        display.plot(
+            ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, xticks_rotation=30,
+            values_format=".0%", include_values=size <= 30,
+        )  # fmt: skip
+        axes.set_title(title)
+        figure.savefig(picture, dpi=120)

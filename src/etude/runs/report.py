@@ -111,33 +111,37 @@ def overridden(result: dict[str, Any]) -> list[str]:
     return [f"measured with other settings than the run's or the defaults: {settings}"]
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """One sentence: base against tuned by the paired test; empty when there is nothing to compare."""
-    test = result.get("comparison")
-    if not test:
-        return ""
+def verdict(test: dict[str, Any], first: object = "base", second: object = "tuned") -> str:
+    """What a paired test of two models on the same rows found, in one sentence."""
+    chance = "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
     if "only_first_right" in test:
         return (
-            f"On the same rows, tuned alone is right {test['only_second_right']} times and base alone "
-            f"{test['only_first_right']} times (McNemar's exact test: {p_value(test)})."
+            f"On the same rows, {second} alone is right {test['only_second_right']} times and {first} "
+            f"alone {test['only_first_right']} times (McNemar's exact test: {chance})."
         )
     return (
-        f"The reference is likelier under tuned in {test['second_likelier']} rows and under base in "
-        f"{test['first_likelier']} (Wilcoxon's signed-rank test: {p_value(test)})."
+        f"The reference is likelier under {second} in {test['second_likelier']} rows and under {first} "
+        f"in {test['first_likelier']} (Wilcoxon's signed-rank test: {chance})."
     )
 
 
-def p_value(test: dict[str, Any]) -> str:
-    """The p-value of a paired test, as every report prints it."""
-    return "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
-
-
-def _confusion(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [label, *map(str, counts)]
-        for label, counts in zip(figures["labels"], figures["confusion"], strict=True)
-    ]
-    return ["true \\ predicted", *figures["columns"]], rows
+def _classes(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Of each model that classified a table: as what each class was predicted, and its scores."""
+    return {
+        name: (
+            ["true \\ predicted", *figures["columns"], "precision", "recall", "F1"],
+            [
+                [label, *map(str, counts)]
+                + [
+                    f"{figures['per_class'][label][key]:.3f}"
+                    for key in ("precision", "recall", "f1")
+                ]
+                for label, counts in zip(figures["labels"], figures["confusion"], strict=True)
+            ],
+        )
+        for name, figures in result["models"].items()
+        if figures["kind"] == "classification"
+    }
 
 
 def _measured_on(result: dict[str, Any]) -> str:
@@ -145,50 +149,38 @@ def _measured_on(result: dict[str, Any]) -> str:
     return data["drawn"] or f"{data['rows']:,} rows"
 
 
-def _classified(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    models = result["models"].items()
-    return {name: figures for name, figures in models if figures["kind"] == "classification"}
-
-
 def evaluation_tables(result: dict[str, Any]) -> list[Any]:
-    """What the terminal shows: the comparison, the confusion matrices, the verdict."""
+    """What the terminal shows: the comparison, a table of the classes for each model, the verdict."""
     title = f"{result['target']} on {_measured_on(result)} of {result['data']['source']}"
     blocks: list[Any] = [terminal_table(*summary(result), title)]
-    for name, figures in _classified(result).items():
-        blocks.append(terminal_table(*_confusion(figures), f"confusion, {name}"))
-    return [*blocks, verdict(result)] if verdict(result) else blocks
+    blocks += [terminal_table(*table, name) for name, table in _classes(result).items()]
+    if "comparison" in result:
+        blocks.append(verdict(result["comparison"]))
+    return blocks
 
 
-def evaluation_markdown(result: dict[str, Any], pictures: dict[str, str], examples: str) -> str:
+def evaluation_markdown(result: dict[str, Any], examples: str) -> str:
     """report.md of an evaluation."""
     data, base = result["data"], result["base"]
     parts = [
-        f"# {markdown.line(result['target'])}",
-        f"{_measured_on(result)} of {markdown.code(data['source'])} (format {data['format']}, method "
-        f"{result['method']}){f'; base {markdown.code(base)}' if base else ''}.",
+        f"# {markdown.cell(result['target'])}",
+        f"{_measured_on(result)} of `{markdown.cell(data['source'])}` (format {data['format']}, method "
+        f"{result['method']}){f'; base `{markdown.cell(base)}`' if base else ''}.",
         "\n".join(
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in data["dropped"].items()
         ),
         markdown.table(*summary(result)),
-        *map(markdown.line, overridden(result)),
-        verdict(result),
+        *map(markdown.cell, overridden(result)),
+        verdict(result["comparison"]) if "comparison" in result else "",
     ]
-    for name, figures in _classified(result).items():
-        scores = [
-            [
-                label,
-                *(f"{of[key]:.3f}" for key in ("precision", "recall", "f1")),
-                str(of["support"]),
-            ]
-            for label, of in figures["per_class"].items()
-        ]
-        parts += [
-            f"## {name}",
-            markdown.table(["class", "precision", "recall", "F1", "rows"], scores),
-            markdown.table(*_confusion(figures)),
-            f"![confusion matrix of {name}]({pictures[name]})",
-        ]
+    for name, table in _classes(result).items():
+        picture = f"![confusion matrix of {name}]({_picture(name)})"
+        parts += [f"## {name}", markdown.table(*table), picture]
     return "\n\n".join(part for part in [*parts, examples] if part) + "\n"
+
+
+def _picture(name: str) -> str:
+    return f"confusion-{name}.png"
 
 
 def write_evaluation(
@@ -201,23 +193,23 @@ def write_evaluation(
     Raises:
         FileExistsError: one of them is there already.
     """
-    pictures = {name: f"confusion-{name}.png" for name in _classified(result)}
-    text = evaluation_markdown(result, pictures, _examples(measured, rows))
+    lines = [
+        json.dumps(_prediction(row, measured, at), ensure_ascii=False, allow_nan=False) + "\n"
+        for at, row in enumerate(rows)
+    ]
+    texts = {
+        "predictions.jsonl": "".join(lines),
+        "report.md": evaluation_markdown(result, _examples(measured, rows)),
+        "report.json": json.dumps(result, indent=1, allow_nan=False),
+    }
     with files.scratch(folder) as work:
-        with (work / "predictions.jsonl").open("w", encoding="utf-8") as stream:
-            for at, row in enumerate(rows):
-                line = _prediction(row, measured, at)
-                stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        for name, file in pictures.items():
-            figures = result["models"][name]
-            plots.confusion_plot(
-                figures, f"{name}: accuracy {figures['accuracy']:.3f}", work / file
-            )
-        (work / "report.md").write_text(text, encoding="utf-8")
-        text = json.dumps(result, indent=1, allow_nan=False)
-        (work / "report.json").write_text(text, encoding="utf-8")
-        for file in ("predictions.jsonl", *pictures.values(), "report.md", "report.json"):
-            files.put(work / file, folder / file, new=True)
+        for name, figures in result["models"].items():
+            if figures["kind"] == "classification":
+                title = f"{name}: accuracy {figures['accuracy']:.3f}"
+                plots.confusion_plot(figures, title, work / _picture(name))
+                files.put(work / _picture(name), folder / _picture(name), new=True)
+    for name, text in texts.items():
+        files.write_text(folder / name, text, new=True)
 
 
 def _prediction(row: Row, measured: dict[str, dict[str, Any]], at: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ is found by its sums and skipped.
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +82,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, corrupt
 
 
-def retain(
-    folder: Path, step: int, keep: int, best: int | None, made: Collection[str] | None = None
-) -> None:
+def retain(folder: Path, step: int, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints, the best one aside, and what kills left behind.
 
-    `made` names those that the run made; another's stay and do not count.
+    Folders of such a name without sums were made by something else; they stay and do not count.
 
     `step` is the training's. Later ones were skipped when it was resumed, so they are corrupt: they
     go too, for they must not count in place of whole ones.
     """
-    ours = [checkpoint for checkpoint in _all(folder) if made is None or checkpoint.name in made]
+    ours = [checkpoint for checkpoint in _all(folder) if (checkpoint / SUMS).is_file()]
     kept = [checkpoint for checkpoint in ours if step_of(checkpoint) <= step][-keep:]
     for checkpoint in ours:
         if checkpoint not in kept and step_of(checkpoint) != best:

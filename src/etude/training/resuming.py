@@ -18,24 +18,17 @@ from etude.runs.folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    PRODUCTS,
     STARTED,
     another_folder,
     begin_run,
     entries,
+    free_name,
     how_to_continue,
     is_finished,
     read_started,
-    refuse_foreign,
     write_file,
 )
-from etude.runs.manifest import (
-    Started,
-    current_environment,
-    environment_differences,
-    read_form,
-    read_metrics,
-)
+from etude.runs.manifest import changes_since, current_environment, read_metrics, read_record
 from etude.training import checkpoints
 
 # Left open in a configuration, and written out when they were found.
@@ -62,7 +55,7 @@ def refuse_taken(folder: Path) -> None:
     else:
         return
     raise UserError(
-        f"output.dir: {folder} {problem}. Choose another folder: {another_folder(folder)}"
+        f"output.dir: {folder} {problem}. Choose another folder, such as {free_name(folder)}"
     )
 
 
@@ -75,9 +68,10 @@ def open_folder(settings: Config, resume: bool | None, force: bool = False) -> P
     """
     folder = files.expanded(settings.output.dir)
     refuse_taken(folder)
-    if distributed.FIRST and read_started(folder):
-        # The configuration is compared below, and is replaced only where it must be.
-        refuse_foreign(folder, [name for name in PRODUCTS if name != CONFIG])
+    if (folder / CHECKPOINTS).is_symlink():
+        raise UserError(
+            f"{folder / CHECKPOINTS} is a link; nothing is written through it. Remove it"
+        )
     other = another_folder(folder)
     checkpoint, corrupt = checkpoints.newest(folder / CHECKPOINTS)
     for notice in corrupt:
@@ -179,16 +173,15 @@ def start_folder(
     Raises:
         UserError: the data or the base changed in between.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "base": base.identity,
         **{f"{split} data": table.fingerprint for split, table in tables.items()},
         "labels": tables["train"].labels,
     }
-    environment = current_environment()
     lines: list[dict[str, Any]] = []
     if checkpoint:
-        stored = read_form(folder / STARTED, Started)
-        for difference in environment_differences(stored["environment"], environment):
+        stored = read_record(folder / STARTED, "environment")
+        for difference in changes_since(stored["environment"]):
             log.warning("since the training began: %s", difference)
         differing = [key for key in facts if facts[key] != stored.get(key)]
         if differing:
@@ -201,13 +194,13 @@ def start_folder(
         step = checkpoints.step_of(checkpoint)
         lines = [line for line in read_metrics(folder / METRICS) if line["step"] <= step]
     files.clear(folder)
-    started = {**facts, "date": date and date.isoformat(), "environment": environment}
-    begin_run(folder, started | {"config": settings.model_dump(mode="json")})
+    facts |= {"date": date and date.isoformat(), "environment": current_environment()}
+    begin_run(folder, facts | {"config": settings.model_dump(mode="json")})
     # One that was edited and says the same stays as it is, its comments too.
     file = folder / CONFIG
     if not file.exists() or load_config(file) != settings:
         write_file(folder, CONFIG, to_yaml(settings))
-    write_file(folder, METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 @contextlib.contextmanager

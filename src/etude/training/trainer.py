@@ -28,7 +28,7 @@ from etude.errors import UserError
 from etude.measure import metrics as measures
 from etude.models import lora
 from etude.models.device import Device
-from etude.runs.folder import CHECKPOINTS, METRICS, read_started, record_file
+from etude.runs.folder import CHECKPOINTS, METRICS
 from etude.training import checkpoints, guards
 from etude.training.order import StepSampler
 from etude.training.reporter import OnStep, Step
@@ -284,8 +284,6 @@ class StepTrainer(Trainer):
             "scaler": scaler.state_dict() if scaler else None,
         }
         home = Path(str(self.args.output_dir))
-        if read_started(home.parent):
-            record_file(home.parent, f"{CHECKPOINTS}/{checkpoints.name(step)}")
         with checkpoints.writing(home / checkpoints.name(step)) as work:
             lora.save(self.model, work)
             self.state.save_to_json(str(work / TRAINER_STATE_NAME))
@@ -297,9 +295,7 @@ class StepTrainer(Trainer):
         if self.args.should_save:
             state, keep = self.state, self.args.save_total_limit or 1
             home = Path(str(self.args.output_dir))
-            facts = read_started(home.parent)
-            made = facts and [name.rpartition("/")[2] for name in facts["written"]]
-            checkpoints.retain(home, state.global_step, keep, state.best_global_step, made)
+            checkpoints.retain(home, state.global_step, keep, state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Left to `_restore`."""
