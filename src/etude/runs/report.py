@@ -79,7 +79,6 @@ def shown(figures: dict[str, Any]) -> dict[str, str]:
         "macro recall": f"{macro['recall']:.3f}",
         "weighted F1": f"{figures['weighted']['f1']:.3f}",
     }
-    rows |= {f"F1 of {label}": f"{of['f1']:.3f}" for label, of in figures["per_class"].items()}
     if figures["unparseable"]:
         rows["unparseable answers"] = str(figures["unparseable"])
     return rows
