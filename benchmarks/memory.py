@@ -92,10 +92,8 @@ def worker(settings: list[str]) -> None:
     """Train as `etude train` does, but for the proof, which is another process's."""
     from etude import screen, train_with_config
     from etude.config.loading import load_config
-    from etude.engine import int8
     from etude.runs import proof
 
-    int8.why_not = lambda *_: None  # what it takes is asked here, not whether it is faster
     proof.in_a_new_process = lambda folder: "left out"
     train_with_config.run_training(load_config(None, overrides=settings), screen.Screen())
 

@@ -126,8 +126,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
     def engine(config):
         from transformers import AutoModelForCausalLM
 
-        # Whether int8 is faster here, and whether a compiler is, belongs to other tests.
-        monkeypatch.setattr("etude.engine.int8.why_not", lambda *_: None)
+        # Whether there is a compiler belongs to another test.
         monkeypatch.setattr("etude.engine.compiling.compile_layers", lambda *_: None)
         cpu = device.choose("float32", True)
         model = lora.attach(AutoModelForCausalLM.from_pretrained(tiny_model), config.lora, "tiny")

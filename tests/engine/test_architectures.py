@@ -173,7 +173,7 @@ def test_what_cannot_be_packed_is_found_out_and_padding_is_exact(name):
     model = build(config_class, **special)
     reason = why_not_packed(model, 64, EXAMPLES)
     assert reason and reason.startswith(
-        ("it does not take a mask of its own: ", "packed losses would differ by ")
+        ("it does not accept a custom mask: ", "packed losses would differ by ")
     )
     with torch.no_grad():
         plain = torch.stack([alone(model, one) for one in EXAMPLES])

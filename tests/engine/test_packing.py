@@ -266,7 +266,7 @@ def test_a_model_that_takes_no_mask_of_its_own_is_found_out(model, monkeypatch):
     monkeypatch.setattr(model, "forward", strict)
     assert (
         why_not_packed(model, 512, SHARED)
-        == "it does not take a mask of its own: attention_mask must be [rows, tokens]"
+        == "it does not accept a custom mask: attention_mask must be [rows, tokens]"
     )
 
 

@@ -8,7 +8,7 @@ from tiny_llama import llama, texts
 
 from etude.config.loading import load_config
 from etude.config.schema import Lora
-from etude.engine import compiling, int8
+from etude.engine import compiling
 from etude.engine.setup import configure_engine
 from etude.models import device, lora
 
@@ -30,7 +30,6 @@ def shape(config):
     ],
 )
 def test_a_shape_is_configured_as_its_model(monkeypatch, overrides):
-    monkeypatch.setattr(int8, "why_not", lambda *_: None)
     monkeypatch.setattr(compiling, "compile_layers", lambda *_: None)
     settings = load_config(None, overrides=["dataset.max_length=64", *overrides])
     place, examples, model = device.choose("float32", True), texts(10, 20, 30), llama()

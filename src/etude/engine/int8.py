@@ -11,9 +11,7 @@ Sources: Dettmers et al., LLM.int8(), arXiv:2208.07339; Xiao et al., SmoothQuant
 """
 
 import contextlib
-import copy
 import ctypes
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,7 +89,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         largest = largest.float()
-        # A channel that was silent in the few rows seen may speak up later.
+        # A channel that was small in the few rows seen may get larger later.
         floor = 0.1 * largest.mean() + 1e-5
         smooth = (weight.abs().amax(0).clamp(min=1e-5) / largest.clamp(min=floor)).sqrt()
         weight = weight / smooth
@@ -127,8 +125,8 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
 
     `passes` (a few dozen rows of the data are enough) show how large each layer's inputs get.
     """
-    # From 2 MB on a tensor is mapped by itself, and unmapped when it is freed. glibc would raise the
-    # limit to 32 MB, and keep holes of each layer's float weight and of activations of all lengths.
+    # Tensors from 2 MB on are mapped by themselves, and unmapped when they are freed. glibc would raise
+    # the limit to 32 MB, and keep holes of each layer's float weight and of activations of all lengths.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2 << 20)
     largest: dict[str, torch.Tensor] = {}
@@ -148,8 +146,8 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
             token_losses(model, batch)
     for hook in hooks:
         hook.remove()
-    for name in largest:  # a layer that no pass reached stays as it is
-        _replace(model, name, linears.pop(name), largest[name])
+    for name in largest:  # a layer that no pass reached stays in float
+        model.set_submodule(name, Int8Linear(linears.pop(name), largest[name]))
     # Copied: what was loaded is a view of the mapped file, all of which stays in memory with it.
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -157,45 +155,13 @@ def quantize(model: nn.Module, passes: Iterable[Pass], dtype: torch.dtype) -> No
     free_memory()
 
 
-def _replace(model: nn.Module, name: str, linear: nn.Linear, largest: torch.Tensor) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, Int8Linear(linear, largest))
-
-
-def why_not(model: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
-    """None if int8 beats `dtype` on this machine, else the reason why not.
-
-    Measured for half a second on the model's largest layer with `tokens` rows, forward and
-    backward, with what quantising costs.
-    """
-    linears = frozen_linears(model).values()
-    if not linears:
+def why_not(model: nn.Module, device: str) -> str | None:
+    """None if `model` has layers to quantise and `device` int8 products, else what is missing."""
+    if not frozen_linears(model):
         return "the model has no frozen linear layers"
-    linear = max(linears, key=lambda module: module.weight.numel())
-    device = linear.weight.device
-    linear = copy.deepcopy(linear).to(dtype)
-    x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype, requires_grad=True)
-    quick = Int8Linear(linear, x.detach().abs().amax(0))
-
-    def once(layer: nn.Module) -> float:
-        started = time.perf_counter()
-        layer(x).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    times: dict[nn.Module, list[float]] = {linear: [], quick: []}
-    started = time.perf_counter()
+    square = torch.ones(32, 32, dtype=torch.int8, device=device)
     try:
-        while time.perf_counter() - started < 0.5 or len(times[quick]) < 3:
-            for layer, found in times.items():
-                found.append(once(layer))
-    except RuntimeError as error:  # no such product on this device
+        torch._int_mm(square, square)
+    except RuntimeError as error:
         return f"{device} has no int8 product: {first_line(error)}"
-    own, int8 = min(times[linear]), min(times[quick])
-    if int8 >= own:
-        return (
-            f"on this machine it is slower: {int8 * 1e3:.1f} ms for the largest layer in place of "
-            f"{own * 1e3:.1f} ms"
-        )
     return None

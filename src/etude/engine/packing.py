@@ -2,8 +2,8 @@
 
 A packed pass holds several examples in one row without padding, and every shared beginning
 (system prompt, instruction) once. The examples form a tree of tokens: each token attends to its
-own ancestors only, and its position is its depth. So nothing differs from the examples one by
-one but the work that is saved.
+own ancestors only, and its position is its depth. So the losses are those of the examples one by one,
+with less work.
 """
 
 import logging
@@ -99,7 +99,7 @@ def _packed(examples: Sequence[Example], chosen: Sequence[tuple[int, int]]) -> P
     ids = np.empty(total, np.int64)
     positions = np.empty(total, np.int64)
     visible = np.zeros((total, total), bool)
-    path = np.empty(0, np.int64)  # where each token of the current example stands in the row
+    path = np.empty(0, np.int64)  # where each token of the current example is in the row
     sources: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     targets: list[list[int]] = []
     owners: list[int] = []
@@ -186,11 +186,6 @@ GPU_BUDGET = 8192
 PROVEN = 16  # tokens of an example's end on which packing is proven
 
 
-def pass_budget(device: str, rows: int, max_length: int) -> int:
-    """Tokens of a packed pass: what `rows` full examples would hold, up to the device's cap."""
-    return min(rows * max_length, CPU_BUDGET if device == "cpu" else GPU_BUDGET)
-
-
 def steps(seed: int, epoch: int, examples: int, rows: int) -> list[list[int]]:
     """Which of `examples` examples each step of an epoch learns from, `rows` at a time."""
     import numpy as np
@@ -216,15 +211,22 @@ class Cutter:
     dtype: "torch.dtype"
 
     @classmethod
-    def of(cls, model: Any, rows: int, max_length: int, examples: Sequence[Example]) -> "Cutter":
-        """The cutter for `model`, on its device, whose `examples` have up to `max_length` tokens."""
-        return cls(
-            rows=rows,
-            budget=pass_budget(model.device.type, rows, max_length),
-            why_padded=why_not_packed(model, max_length, examples),
-            device=str(model.device),
-            dtype=model.dtype,
-        )
+    def of(
+        cls,
+        model: Any,
+        rows: int,
+        max_length: int,
+        examples: Sequence[Example],
+        device: str | None = None,
+    ) -> "Cutter":
+        """The cutter for `model`, whose `examples` have up to `max_length` tokens.
+
+        `device` is where the passes are computed, the model's own by default.
+        """
+        device = device or str(model.device)
+        cap = CPU_BUDGET if device.startswith("cpu") else GPU_BUDGET
+        why_padded = why_not_packed(model, max_length, examples)
+        return cls(rows, min(rows * max_length, cap), why_padded, device, model.dtype)
 
     @property
     def size(self) -> str:
@@ -279,7 +281,7 @@ def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> 
     Proven on the model itself: the ends of a few `examples` after one beginning, packed and one
     by one. A model whose layers carry state along the row (Mamba) or that ignores a given mask
     differs by about a nat a token, one that counts positions along the row by a tenth, 16-bit
-    rounding by hundredths. On tokens without sense rounding would hide such mistakes.
+    rounding by hundredths. On random tokens rounding would hide such mistakes.
     """
     import torch
 
@@ -292,12 +294,8 @@ def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> 
         return "its layers carry state along the row" if model._is_stateful else None
     first = examples[0].ids
     beginning = first[-2 * PROVEN : -PROVEN] or first[:1]
-    ends = [one.ids[-PROVEN:] for one in examples[:4]]
-    short = [
-        Example(ids, [False] + [True] * (len(ids) - 1))
-        for ids in (beginning, *(beginning + end for end in ends))
-        if len(ids) > 1
-    ]
+    texts = [beginning, *(beginning + one.ids[-PROVEN:] for one in examples[:4])]
+    short = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in texts if len(ids) > 1]
 
     def by_target(passes: Iterator[Pass]) -> torch.Tensor:
         on_device = [batch.to(str(model.device), model.dtype) for batch in passes]
@@ -310,7 +308,7 @@ def why_not_packed(model: Any, max_length: int, examples: Sequence[Example]) -> 
         with torch.no_grad():
             packed, plain = by_target(pack(short, CPU_BUDGET)), by_target(pad(short, 1))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return f"it does not take a mask of its own: {first_line(error)}"
+        return f"it does not accept a custom mask: {first_line(error)}"
     finally:
         model.train(was_training)
     if not bool(plain.isfinite().all()):
@@ -351,7 +349,7 @@ def total_loss(model: Any, passes: Iterator[Pass]) -> tuple[float, int]:
 
 
 def culprits(model: Any, cutter: Cutter, examples: Sequence[Example]) -> list[str]:
-    """Where the examples stand whose own loss is not finite; a pass shares its numbers."""
+    """The origins of examples whose own loss is not finite; a pass shares its numbers."""
     import torch
 
     single = replace(cutter, rows=1, why_padded="one by one")

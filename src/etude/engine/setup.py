@@ -43,22 +43,19 @@ class Engine:
 def configure_engine(
     model: Any, settings: Config, place: Device, examples: Sequence[Example], steps: int
 ) -> Engine:
-    """Make `model` fast, in place, for a training of `steps` steps on `place`; returns what was done.
+    """Make `model` fast, in place, for a training of `steps` steps on `place`.
 
     A model on the meta device is a shape without numbers: what the real one will get is decided by
     what a shape shows, and nothing is measured, proven, quantised or compiled.
 
     Raises:
-        UserError: int8 where it would not be faster.
+        UserError: int8 where there is no product for it.
     """
     from etude.engine import compiling, int8
 
     training, shape = settings.training, model.device.type == "meta"
     rows, max_length = training.batch_size, settings.dataset.max_length
-    cutter = packing.Cutter.of(model, rows, max_length, examples)
-    if shape:  # cut as for `place`; the passes themselves have numbers
-        budget = packing.pass_budget(place.name, rows, max_length)
-        cutter = replace(cutter, budget=budget, device="cpu")
+    cutter = packing.Cutter.of(model, rows, max_length, examples, place.name)
     notices = []
     if cutter.why_padded:
         notices.append(f"plain padded batches instead of packed ones: {cutter.why_padded}")
@@ -68,10 +65,9 @@ def configure_engine(
         training.compile == "auto" and compiling.worth_it(model, tokens, place)
     )
     quantized = settings.model.quantization == "int8"
+    if quantized and (reason := int8.why_not(model, place.name)):
+        raise UserError(f"model.quantization: int8: {reason}. Set it to null")
     if quantized and not shape:
-        reason = int8.why_not(model, cutter.budget, place.torch_dtype)
-        if reason:
-            raise UserError(f"model.quantization: int8: {reason}. Set it to null")
         few = max(4, CALIBRATION // max(map(len, examples[:CALIBRATION])))
         int8.quantize(model, cutter(examples[:few]), place.torch_dtype)
         cutter = replace(cutter, dtype=place.torch_dtype)
