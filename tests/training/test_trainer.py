@@ -386,7 +386,6 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tiny_model, files, monkeypat
     if padded:
         monkeypatch.setattr("etude.engine.packing.why_not_packed", lambda *_: "test")
         overrides = ()
-    monkeypatch.setattr("etude.engine.int8.why_not", lambda *_: None)
     common = ("training.num_epochs=3", "training.save_steps=1", "training.logging_steps=2")
     settings = settings_for(tiny_model, files, *common, *overrides)
     whole, results, lines = fitted(settings, files / "whole")
