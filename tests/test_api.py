@@ -118,7 +118,7 @@ def test_the_example_of_the_readme_runs(model, rows, tiny_model, tmp_path, monke
 def test_mistakes_are_user_errors(model, tiny_model):
     with pytest.raises(etude.UserError, match="did you mean temperature"):
         model.generate("Hello", temprature=0)
-    with pytest.raises(etude.UserError, match="lora: 8 is not a section"):
+    with pytest.raises(etude.UserError, match="lora: 8 should be a valid dictionary"):
         etude.load(str(tiny_model), lora=8)
     with pytest.raises(etude.UserError, match=r"lora\.rank"):
         etude.load(str(tiny_model), lora={"rank": 8})

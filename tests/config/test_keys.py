@@ -1,13 +1,21 @@
 """Every key of config.yml changes what a program does: none is read by nothing."""
 
+import functools
 import json
+import re
 import types
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from etude import train_with_config
 from etude.config.loading import key_paths, load_config
 from etude.data import dataset
 from etude.engine import generation
@@ -19,6 +27,7 @@ from etude.model import read_table
 from etude.models import device, loading, lora
 from etude.runs import opening
 from etude.training import order, resuming, trainer
+from etude.training.reporter import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +93,18 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
     def adapter(config):
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        torch.manual_seed(0)
         shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=9, **shape))
         tuned = lora.attach(model, config.lora, "base")
-        found = tuned.peft_config["default"].to_dict()
-        found["target_modules"] = sorted(found["target_modules"])
-        return found
+        trained = {name: part for name, part in tuned.named_parameters() if part.requires_grad}
+        for name, part in trained.items():
+            if "lora_B" in name:
+                torch.nn.init.constant_(part, 0.1)
+        with torch.no_grad():
+            answers = tuned.eval()(torch.tensor([[1, 2, 3]])).logits
+            noisy = tuned.train()(torch.tensor([[1, 2, 3]])).logits
+        return {n: part.shape for n, part in trained.items()}, answers.tolist(), noisy.tolist()
 
     def tables(config):
         renderer = opening.renderer_for(base(config), config)
@@ -103,25 +118,6 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
             return {split: len(part) for split, part in tables(config).items()}
         except UserError as error:
             return str(error)
-
-    def arguments(config):
-        validated = bool(config.dataset.validation)
-        cpu = device.choose("float32", True)
-        found = trainer.arguments(config, cpu, place / "run", 48, validated)
-        return {key: str(value) for key, value in found.to_dict().items()}
-
-    def passes(config):
-        captured = {}
-
-        class Spy(trainer.StepTrainer):
-            def __init__(self, **kwargs):
-                captured.update(kwargs)
-                raise KeyError("stop here")
-
-        monkeypatch.setattr(trainer, "StepTrainer", Spy)
-        with pytest.raises(KeyError):
-            trainer.fit(None, config, device.choose("float32", True), tables(config), place, None)
-        return [type(callback).__name__ for callback in captured["callbacks"]]
 
     def engine(config):
         from transformers import AutoModelForCausalLM
@@ -195,6 +191,11 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         generation.generate(Model(), renderer, [[1, 2]], config.generation)
         return seen
 
+    def weights(config):
+        return opening.open_target(
+            str(tiny_model), [f"model.dtype={config.model.dtype}"]
+        ).base.model.dtype
+
     def chosen(config):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -215,7 +216,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
 PROBES = {
     "model.name": ("loaded", "some/where", []),
     "model.revision": ("loaded", "abc123", ["model.name=some/where"]),
-    "model.dtype": ("chosen", "bfloat16", []),
+    "model.dtype": ("weights", "bfloat16", []),
     "model.quantization": ("engine", "int8", []),
     "model.chat_template": ("template", "{0}/template.jinja", []),
     "lora.r": ("adapter", "16", []),
@@ -243,26 +244,9 @@ PROBES = {
     "dataset.max_length": ("tables", "60", []),
     "dataset.overlength": ("tables", "drop", ["dataset.max_length=15", "dataset.format=text"]),
     "dataset.max_rows": ("tables", "5", []),
-    "training.learning_rate": ("arguments", "1e-5", []),
-    "training.batch_size": ("arguments", "4", []),
-    "training.gradient_accumulation_steps": ("arguments", "2", []),
-    "training.num_epochs": ("steps", "1", []),
-    "training.max_steps": ("steps", "3", []),
-    "training.lr_scheduler": ("arguments", "cosine", []),
-    "training.warmup_steps": ("arguments", "0.1", []),
-    "training.weight_decay": ("arguments", "0.1", []),
-    "training.max_grad_norm": ("arguments", "0.5", []),
     "training.fp16": ("chosen", "true", ["training.use_cpu=false", "model.dtype=auto"]),
-    "training.bf16": ("arguments", "true", []),
     "training.use_cpu": ("chosen", "false", []),
     "training.compile": ("engine", "true", []),
-    "training.gradient_checkpointing": ("arguments", "true", []),
-    "training.seed": ("arguments", "1", []),
-    "training.logging_steps": ("arguments", "1", []),
-    "training.eval_steps": ("arguments", "5", []),
-    "training.save_steps": ("arguments", "10", []),
-    "training.save_total_limit": ("arguments", "5", []),
-    "training.early_stopping_patience": ("passes", "2", []),
     "evaluation.method": ("method", "generate", []),
     "evaluation.batch_size": ("batches", "3", []),
     "evaluation.max_rows": ("tested", "2", []),
@@ -277,13 +261,7 @@ PROBES = {
     "generation.repetition_penalty": ("sampled", "1.2", []),
     "generation.seed": ("sampled", "7", []),
     "output.dir": ("folder", "{0}/elsewhere", []),
-    "output.report_to": ("arguments", "[tensorboard]", []),
 }
-
-
-def test_every_key_has_a_probe():
-    assert list(PROBES) == list(key_paths())
-    assert len(PROBES) > 40
 
 
 @pytest.mark.parametrize("key", PROBES)
@@ -297,3 +275,158 @@ def test_the_key_changes_behaviour(key, observe, place):
     # The control: the observer is steady, so a difference comes from the key.
     assert before == again
     assert before != after
+
+
+# --- trainings ---------------------------------------------------------------------------------
+
+# Each is one short training, in which several keys differ from the first one.
+TRAININGS = {
+    "plain": ["training.warmup_steps=0", "training.save_steps=2"],
+    "rates": [
+        "training.learning_rate=1e-3", "training.lr_scheduler=constant", "training.warmup_steps=3",
+        "training.weight_decay=0.1", "training.max_grad_norm=1e-4",
+    ],
+    "wide": ["training.batch_size=2"],
+    "times": [
+        "training.max_steps=5", "training.logging_steps=1", "training.eval_steps=1",
+        "training.save_steps=1", "training.save_total_limit=3", "training.warmup_steps=0",
+    ],
+    "inside": [
+        "training.bf16=true", "training.gradient_checkpointing=true", "training.num_epochs=1",
+        "training.gradient_accumulation_steps=8", "output.report_to=[tensorboard]",
+    ],
+    "patience": [
+        "training.early_stopping_patience=1", "training.eval_steps=1", "training.learning_rate=1e-12",
+        "training.seed=1",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """Trains as one of TRAININGS says, and gives what was seen of it."""
+    folder = tmp_path_factory.mktemp("trainings")
+    pairs = [{"prompt": f"Question {n}?", "completion": "word " * (n + 1)} for n in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    common = [
+        f"model.name={tiny_model}", f"dataset.train={folder}/pairs.jsonl", "dataset.max_length=48",
+        "dataset.validation_split=0.2", "lora.r=4", "training.compile=false", "training.num_epochs=2",
+        "training.gradient_accumulation_steps=4",
+    ]  # fmt: skip
+
+    @functools.cache
+    def train(name):
+        seen = Seen()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("etude.runs.proof.in_a_new_process", lambda folder: "left out")
+            fit = trainer.fit
+            patch.setattr(trainer, "fit", lambda *given: seen.watch(fit, *given))
+            output = f"output.dir={folder}/{name}"
+            config = load_config(None, ["cpu"], [*common, *TRAININGS[name], output])
+            seen.steps = train_with_config.run_training(config, Reporter()).results["steps"]
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        seen.lines = [json.loads(line) for line in lines]
+        seen.files = {path.name for path in (folder / name).rglob("*")}
+        return seen
+
+    return train
+
+
+class Seen:
+    """What happens in a training: at each step of the optimizer, and in each pass."""
+
+    def __init__(self):
+        self.rates, self.decays, self.norms = [], [], []
+        self.passes, self.layers, self.kinds = [], 0, set()
+
+    def watch(self, fit, *given):
+        hooks = [
+            register_optimizer_step_pre_hook(self.on_step),
+            register_module_forward_pre_hook(self.on_entry),
+            register_module_forward_hook(self.on_forward),
+        ]
+        try:
+            return fit(*given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def on_step(self, optimizer, *_):
+        (group,) = [group for group in optimizer.param_groups if group["params"]]
+        self.rates.append(group["lr"])
+        self.decays.append(group["weight_decay"])
+        grads = [part.grad for part in group["params"]]
+        self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    def on_entry(self, module, *_):
+        # Checkpointing enters what is within a layer once more in the backward pass.
+        self.layers += module.training and type(module).__name__ == "LlamaAttention"
+
+    def on_forward(self, module, inputs, output):
+        kind = type(module).__name__
+        if module.training and kind == "Embedding":
+            self.passes.append(inputs[0].flatten().tolist())
+        if module.training and kind == "Linear":
+            self.kinds.add(str(output.dtype))
+
+    def at(self, key):
+        """The steps at which `key` was logged."""
+        return [line["step"] for line in self.lines if key in line]
+
+    @property
+    def kept(self):
+        """The steps of the checkpoints that are there at the end."""
+        names = [name for name in self.files if re.fullmatch(r"checkpoint-\d+", name)]
+        return sorted(int(name.rpartition("-")[2]) for name in names)
+
+
+# key -> (which training, what to look at, what is seen there in the first training, and in this one)
+EFFECTS = {
+    "training.learning_rate": ("rates", lambda seen: max(seen.rates), 2e-4, 1e-3),
+    "training.lr_scheduler": ("rates", lambda seen: seen.rates[-1] == max(seen.rates), False, True),
+    "training.warmup_steps": ("rates", lambda seen: seen.rates.index(max(seen.rates)), 0, 3),
+    "training.weight_decay": ("rates", lambda seen: set(seen.decays), {0.0}, {0.1}),
+    "training.max_grad_norm": ("rates", lambda seen: max(seen.norms) > 1.01e-4, True, False),
+    "training.batch_size": ("wide", lambda seen: max(map(len, seen.passes)) > 48, False, True),
+    "training.num_epochs": ("inside", lambda seen: len(seen.passes), 2 * 16, 16),
+    "training.max_steps": ("times", lambda seen: seen.steps, 8, 5),
+    "training.logging_steps": ("times", lambda seen: seen.at("loss"), [1], [1, 2, 3, 4, 5]),
+    "training.eval_steps": ("times", lambda seen: seen.at("eval_loss"), [4, 8], [1, 2, 3, 4, 5]),
+    "training.save_steps": ("times", lambda seen: seen.kept[-1] - seen.kept[-2], 2, 1),
+    "training.save_total_limit": ("times", lambda seen: len(seen.kept), 2, 3),
+    "training.bf16": ("inside", lambda seen: "torch.bfloat16" in seen.kinds, False, True),
+    "training.gradient_checkpointing": (
+        "inside",
+        lambda seen: seen.layers / len(seen.passes),
+        2,
+        4,
+    ),
+    "training.seed": ("patience", lambda seen: seen.passes[:4], None, None),
+    "training.gradient_accumulation_steps": (
+        "inside",
+        lambda seen: len(seen.passes) / seen.steps,
+        4,
+        8,
+    ),
+    "output.report_to": (
+        "inside",
+        lambda seen: any(name.startswith("events.out.tfevents") for name in seen.files),
+        False,
+        True,
+    ),
+    "training.early_stopping_patience": ("patience", lambda seen: seen.steps < 8, False, True),
+}
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_the_key_changes_a_training(key, trained):
+    name, look, before, after = EFFECTS[key]
+    found, other = look(trained("plain")), look(trained(name))
+    assert found != other
+    if before is not None:
+        assert (found, other) == (before, after)
+
+
+def test_every_key_is_tested():
+    assert sorted([*PROBES, *EFFECTS]) == sorted(key_paths())
+    assert len({*PROBES, *EFFECTS}) == len(PROBES) + len(EFFECTS) > 50

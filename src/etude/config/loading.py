@@ -69,28 +69,14 @@ def check_config(values: dict[str, Any], origin: dict[KeyPath, str]) -> Config:
     )
 
 
-KINDS = {
-    "bool_type": "is neither true nor false",
-    "int_type": "is not a whole number",
-    "float_type": "is not a number",
-    "string_type": "is not text",
-    "list_type": "is not a list; write [a, b]",
-    "dict_type": "is not a mapping; write {a: b}",
-    "model_type": "is not a section with keys of its own",
-}
-
-
 def _explain(item: ErrorDetails) -> str:
     """One sentence for one pydantic fault."""
-    kind, value = item["type"], item["input"]
-    if kind == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         return _unknown(*map(str, item["loc"]))
-    message = item["msg"].replace("Input should", "should").replace("Value error, ", "")
-    text = f"{value!r:.60} {KINDS.get(kind, message)}".replace("True or False", "true or false")
-    if kind in ("float_type", "int_type") and isinstance(value, str):
-        text += " (write it without quotes)"
-    if kind == "literal_error":
-        guess = nearest(str(value), re.findall(r"'([^']+)'", message))
+    message = re.sub(r"Input (?=should)|Value error, | or instance of \w+", "", item["msg"])
+    text = f"{item['input']!r:.60} {message}"
+    if item["type"] == "literal_error":
+        guess = nearest(str(item["input"]), re.findall(r"'([^']+)'", message))
         text += f"; did you mean {guess}?" if guess else ""
     return text
 
@@ -148,7 +134,7 @@ def parse_override(text: str) -> Layer:
     if field and field.annotation == (str | None) and written in ("", "null"):
         value = None
     elif field and field.annotation not in (str, str | None):
-        value = parse_value(written, f"command line ({text:.200})")
+        value = parse_value(written, f"command line ({text:.200})", {})
     place = "command line"
     return Layer({section: {name: value}}, {(section,): place, (section, name): place})
 

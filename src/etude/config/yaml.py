@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,18 +25,6 @@ class _Loader(yaml.SafeLoader):
     """YAML with the scalars of 1.2: `no` is a string, 1e-5 a number, a date a string."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Read one node.
-
-        Raises:
-            YAMLError: it is an alias, or has a tag.
-        """
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            problem = "tags (!name) and aliases (*name) are not supported; write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
 
 
 for _tag, _form, _first in (
@@ -84,16 +73,25 @@ def parse_yaml(text: str, name: str) -> Layer:
     return Layer(filled, origin)
 
 
-def parse_value(text: str, name: str, origin: dict[KeyPath, str] | None = None) -> Any:
+def parse_value(text: str, name: str, origin: dict[KeyPath, str]) -> Any:
     """Parse any plain YAML value; the place of each key goes into `origin`.
 
     Raises:
         UserError: it is not valid YAML, or not plain.
     """
     try:
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.TagToken | yaml.AliasToken):
+                problem = "tags (!name) and aliases (*name) are not supported; write the value out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=token.start_mark)
         loader = _Loader(text)
         root = loader.get_single_node()
-        return root and _build(loader, root, name, (), {} if origin is None else origin)
+        for path, line in _keys(root, ()):
+            place = f"{name}:{line}"
+            if origin.setdefault(path, place) is not place:
+                first, dotted = origin[path], ".".join(map(str, path))
+                raise UserError(f"{place}: {dotted}: duplicate key (first at {first}); keep one")
+        return root and loader.construct_document(root)
     # A number of 5,000 digits is a ValueError, 1,000 brackets are a RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -102,24 +100,12 @@ def parse_value(text: str, name: str, origin: dict[KeyPath, str] | None = None) 
         raise UserError(f"{place}: not valid YAML: {problem}; correct that line") from None
 
 
-def _build(
-    loader: _Loader, node: yaml.Node, name: str, loc: KeyPath, origin: dict[KeyPath, str]
-) -> Any:
-    """The plain value of `node`, which is at `loc` in the file `name`."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, item, name, loc, origin) for item in node.value]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        path, place = (*loc, key), f"{name}:{key_node.start_mark.line + 1}"
-        if key in result:
-            dotted = ".".join(map(str, path))
-            raise UserError(f"{place}: {dotted}: duplicate key (first at {origin[path]}); keep one")
-        origin[path] = place
-        result[key] = _build(loader, value_node, name, path, origin)
-    return result
+def _keys(node: yaml.Node | None, loc: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """Every key in the mapping `node`, which is at `loc`, and in those within it, with its line."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        path = (*loc, str(key.value))
+        yield path, key.start_mark.line + 1
+        yield from _keys(value, path)
 
 
 # Words that need no quotes; what either version of YAML reads as true, false or null does.
