@@ -1,5 +1,6 @@
 """What several test files share: the real sample model, a tiny random one, and two tokenizers."""
 
+import json
 import os
 
 # Before anything imports huggingface_hub: no test asks the network.
@@ -72,6 +73,15 @@ def tiny_model(tmp_path_factory, sample_tokenizer) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     sample_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with 40 questions and answers, pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

@@ -30,14 +30,6 @@ def etude(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(40)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def train_arguments(tiny_model, files, run, *more):
     return (
         "train", "--preset", "cpu", f"model.name={tiny_model}", f"dataset.train={files}/pairs.jsonl",

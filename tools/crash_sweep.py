@@ -131,18 +131,17 @@ class Sweep:
         """All that a finished run ended with, except times."""
         lines = read_metrics(self.folder / METRICS)
         results = files.read_json(self.folder / MANIFEST)["results"]
+        progress = files.read_json(self.made()[-1] / checkpoints.PROGRESS)
+        del progress["tally"]["began"]  # a time
         return {
             "adapter": sha256((self.folder / ADAPTER).read_bytes()).hexdigest(),
             "logged losses": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
             "results": [results[key] for key in ("steps", "train_loss", "eval_loss")],
             "checkpoints": [path.name for path in self.made()],
             "leftovers": [str(path) for path in self.unfinished()],
+            "files": sorted(path.name for path in self.folder.iterdir()),
             **{f"last {name}": digest for name, digest in digests(self.made()[-1]).items()},
-            f"last {checkpoints.PROGRESS}": {
-                key: value
-                for key, value in files.read_json(self.made()[-1] / checkpoints.PROGRESS).items()
-                if key != "seconds"
-            },
+            f"last {checkpoints.PROGRESS}": progress,
         }
 
     def compare(self) -> None:

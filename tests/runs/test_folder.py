@@ -441,7 +441,7 @@ def test_a_second_training_is_refused_in_one_sentence(training, tmp_path):
             with pytest.raises(UserError) as busy:
                 train(folder, **options)
             said.append(str(busy.value))
-        with pytest.raises(UserError, match=f"being trained by process {os.getpid()} on .*, wait"):
+        with pytest.raises(UserError, match="Wait until its training has ended"):
             opening.open_config(str(folder), [])
         assert state(folder) == before
 
@@ -512,11 +512,9 @@ def test_a_killed_holder_blocks_nothing_and_a_live_one_everything(training, tmp_
         with pytest.raises(UserError, match=f"by process {holder.pid} on .* since 20"):
             train(folder)
         result = etude("evaluate", folder)
-        assert (
-            result.exit_code == 2 and f"being trained by process {holder.pid} on" in result.output
-        )
+        assert result.exit_code == 2 and "Wait until its training has ended" in result.output
         assert "--resume" not in result.output
-        with pytest.raises(UserError, match="being trained by process"):
+        with pytest.raises(UserError, match="Wait until its training has ended"):
             chat_opens(folder)
     finally:
         holder.send_signal(signal.SIGKILL)

@@ -85,7 +85,7 @@ def test_every_run_has_its_row_whatever_became_of_it(tmp_path):
     (home / "no run").mkdir()
     with locked(home / "stopped"):
         live = {row["run"].rpartition("/")[2]: row for row in listing.list_runs(home)}
-    assert live["stopped"]["state"] == "live" and "process " in live["stopped"]["problem"]
+    assert live["stopped"]["state"] == "live" and live["stopped"]["problem"] is None
     rows = {row["run"].rpartition("/")[2]: row for row in listing.list_runs(home)}
     assert rows.keys() == {"done", "unmeasured", "stopped", "bad", "old", "odd", "lost"}
     done = rows["done"]

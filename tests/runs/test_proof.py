@@ -36,14 +36,6 @@ def train(model, data, run, *more):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(40)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(tiny_model, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
     result = train(tiny_model, files, folder)

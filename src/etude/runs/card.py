@@ -7,7 +7,7 @@ from etude.config.yaml import scalar
 from etude.errors import command
 from etude.models.gguf import SAMPLE
 from etude.runs.folder import CONFIG
-from etude.runs.markdown import cell
+from etude.runs.report import markdown_cell as cell
 
 
 def model_card(config: Any, manifest: dict[str, Any], parameters: str) -> str:

@@ -145,17 +145,16 @@ def _holder(file: Path) -> str:
         return "another process"
 
 
-def live(folder: Path) -> str | None:
-    """Who writes in the run's `folder` at this moment, in words; None if nobody does."""
+def is_live(folder: Path) -> bool:
+    """Whether a process writes in the run's `folder` at this moment."""
     import filelock
 
-    file = folder / LOCK
-    if not file.is_file():
-        return None
+    if not (folder / LOCK).is_file():
+        return False
     try:
-        with filelock.FileLock(file, timeout=0, fallback_to_soft=False):
-            return None
+        with filelock.FileLock(folder / LOCK, timeout=0, fallback_to_soft=False):
+            return False
     except filelock.Timeout:
-        return _holder(file)
+        return True
     except OSError:  # not to be written by this user, or no locks here
-        return None
+        return False

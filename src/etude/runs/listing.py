@@ -6,7 +6,7 @@ from typing import Any
 
 from etude import files
 from etude.errors import UserError
-from etude.runs.folder import MANIFEST, METRICS, STARTED, how_to_continue, is_finished, live
+from etude.runs.folder import MANIFEST, METRICS, STARTED, how_to_continue, is_finished, is_live
 from etude.runs.manifest import read_manifest, read_metrics, read_record
 from etude.runs.report import terminal_table
 
@@ -18,15 +18,15 @@ def describe(folder: Path) -> dict[str, Any]:
     """The run in `folder` by COLUMNS, None where a figure is not known.
 
     Loss is that of the validation, or of the training where there is none; size is in bytes. "state" is
-    finished, live, unfinished or corrupt, and "problem" says why it is not finished.
+    finished, live, unfinished or corrupt; "problem" says why it is corrupt, or how the training goes on.
     """
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "problem"))
     row |= {"run": str(folder), "size": _size(folder)}
     try:
         if is_finished(folder):
             facts = _finished(folder)
-        elif who := live(folder):
-            facts = _begun(folder) | {"state": "live", "problem": f"trained by {who}"}
+        elif is_live(folder):
+            facts = _begun(folder) | {"state": "live"}
         else:
             facts = _begun(folder) | {"state": "unfinished", "problem": how_to_continue(folder)}
     except Exception as error:  # whatever is wrong with one run, the others are listed
@@ -94,7 +94,7 @@ def evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Any]:
-    """What the terminal shows of runs: a table, then a line for each one that is not finished."""
+    """What the terminal shows of runs: a table, then a line for each one that has ended unfinished."""
     lines = []
     for row in rows:
         shown = {

@@ -14,7 +14,7 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, live, read_started
+from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, is_live, read_started
 from etude.runs.manifest import read_manifest, recorded_date
 
 TEMPLATE_LIMIT = 2**20  # bytes
@@ -64,14 +64,10 @@ def open_config(name: str, overrides: Sequence[Override]) -> Config:
         if not named:
             raise UserError(f"{name}: adapter_config.json does not name the adapter's base")
         name = named
-    elif (who := live(folder)) or read_started(folder) is not None:
-        then = (
-            f"it is being trained by {who}, wait for its end"
-            if who
-            else f"to finish it, {how_to_continue(folder)}"
-        )
+    elif is_live(folder) or read_started(folder) is not None:
         raise UserError(
-            f"{name}: this run has no adapter yet, for its training did not end; {then}"
+            f"{name}: this run has no adapter yet. Wait until its training has ended; if it was "
+            f"interrupted, {how_to_continue(folder)}"
         )
     elif name.startswith(("runs/", "./", "../", "/")) and not folder.exists():
         there = sorted(str(path.parent) for path in folder.parent.glob("*/adapter_config.json"))

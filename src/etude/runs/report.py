@@ -13,7 +13,7 @@ from etude import files
 from etude.config.yaml import scalar
 from etude.data.formats import Row
 from etude.data.report import TRUNCATED, Report
-from etude.runs import markdown, plots
+from etude.runs import plots
 
 
 def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
@@ -24,6 +24,17 @@ def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: st
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---:") -> str:
+    """A table whose columns after the first are aligned by `rule`."""
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(markdown_cell(text) for text in row) + " |" for row in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Text as a cell of a table: on one line, a bar escaped."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def data_table(reports: Sequence[Report]) -> Table:
@@ -162,19 +173,19 @@ def evaluation_markdown(result: dict[str, Any], examples: str) -> str:
     """report.md of an evaluation."""
     data, base = result["data"], result["base"]
     parts = [
-        f"# {markdown.cell(result['target'])}",
-        f"{_measured_on(result)} of `{markdown.cell(data['source'])}` (format {data['format']}, method "
-        f"{result['method']}){f'; base `{markdown.cell(base)}`' if base else ''}.",
+        f"# {markdown_cell(result['target'])}",
+        f"{_measured_on(result)} of `{markdown_cell(data['source'])}` (format {data['format']}, method "
+        f"{result['method']}){f'; base `{markdown_cell(base)}`' if base else ''}.",
         "\n".join(
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in data["dropped"].items()
         ),
-        markdown.table(*summary(result)),
-        *map(markdown.cell, overridden(result)),
+        markdown_table(*summary(result)),
+        *map(markdown_cell, overridden(result)),
         verdict(result["comparison"]) if "comparison" in result else "",
     ]
     for name, table in _classes(result).items():
         picture = f"![confusion matrix of {name}]({_picture(name)})"
-        parts += [f"## {name}", markdown.table(*table), picture]
+        parts += [f"## {name}", markdown_table(*table), picture]
     return "\n\n".join(part for part in [*parts, examples] if part) + "\n"
 
 
@@ -239,4 +250,4 @@ def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: i
         for at, row in enumerate(rows[:count])
     ]
     head = ["prompt", "reference", *responses]
-    return "## Responses\n\n" + markdown.table(head, lines, "---")
+    return "## Responses\n\n" + markdown_table(head, lines, "---")
