@@ -131,7 +131,7 @@ def test_scores_that_are_no_numbers_end_a_generation(tiny, scores, wrong):
     watch = _Finite(tiny.base.model, ["x:1", "x:2"])
     given = torch.tensor(scores)
     if wrong:
-        with pytest.raises(UserError, match=f"so nothing is reported: {', '.join(wrong)}\\. The"):
+        with pytest.raises(UserError, match=f"finite number: {', '.join(wrong)}\\. The"):
             watch(None, given)
     else:
         assert watch(None, given) is given

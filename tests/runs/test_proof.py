@@ -318,7 +318,7 @@ def test_a_training_in_4_bits_is_proven_in_4_bits(tiny_model, files, tmp_path):
     result = train(tiny_model, files, run, "model.quantization=nf4", "dataset.test=null")
     assert result.exit_code == 0, result.output
     assert "in training)" in told(result)
-    assert "the plan was never measured" not in told(result)  # it fits
+    assert "the plan was never compared" not in told(result)  # it fits
     target = opening.open_target(str(run), [])
     assert target.base.model.is_quantized and hasattr(target.tuned(), "peft_config")
     wanted = etude("evaluate", run, "--data", files / "pairs.jsonl", "evaluation.max_rows=4")

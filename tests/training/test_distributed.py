@@ -159,10 +159,8 @@ def test_a_killed_process_ends_the_other_and_as_many_go_on_bit_for_bit(launched,
     assert done.returncode != 0
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert told.startswith("error: step 14: another process of this training is gone")
-    assert (
-        "The last checkpoint is killed/checkpoints/checkpoint-12; give the same command again"
-        in told
-    )
+    assert told.endswith("give the same command again")
+    assert (folder / "killed/checkpoints/checkpoint-12").is_dir()
     assert "stoppable" not in done.stderr  # no traceback of ours
     monkeypatch.chdir(folder)
     settings = load_config(folder / "c.yml", overrides=["output.dir=killed"])

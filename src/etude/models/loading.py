@@ -308,7 +308,7 @@ def not_finite(model: Any, what: str, rows: Iterable[str]) -> UserError:
     named = list(dict.fromkeys(rows))
     more = f" and {len(named) - 10:,} more" if len(named) > 10 else ""
     return UserError(
-        f"{what} is not a finite number, so nothing is reported: {', '.join(named[:10])}{more}. "
+        f"{what} is not a finite number: {', '.join(named[:10])}{more}. "
         + (
             broken_weights(model)
             or "The model's weights are finite; check these rows, or set model.dtype=float32"

@@ -17,10 +17,9 @@ from transformers import TrainerCallback
 from etude import distributed
 from etude.conversation.renderer import Example
 from etude.engine import packing
-from etude.errors import Stopped, UserError, first_line
+from etude.errors import Stopped, UserError
 from etude.models import loading
-from etude.runs.folder import CHECKPOINTS, how_to_continue
-from etude.training import checkpoints
+from etude.runs.folder import how_to_continue
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ SPIKE = 8.0  # robust deviations above their median: warn
 def not_finite(
     what: str, steps_done: int, model: Any, cutter: packing.Cutter, examples: Sequence[Example]
 ) -> UserError:
-    """What to say when `what` ("step 3: the loss") is not a finite number, with the rows it came from.
+    """The error where `what` ("step 3: the loss") is not a finite number, with the rows it came from.
 
     All processes have it, whoever has the rows, so all of them must ask.
     """
@@ -45,16 +44,9 @@ def not_finite(
             [example.origin for example in examples],
         )
     )
-    rows = own or every
-    named = ", ".join(rows[:10]) + (f" and {len(rows) - 10:,} more" if len(rows) > 10 else "")
-    advice = (
-        "Look at them, lower training.learning_rate, or use float32 in place of float16; then go "
-        "on from the last checkpoint, if one was made"
-    )
     return UserError(
-        f"{what} is not a finite number, so the training was stopped; the weights are those of step "
-        f"{steps_done}. {'Rows whose own loss is not finite' if own else 'Its rows'}: {named}. "
-        + (loading.broken_weights(model) or advice)
+        f"{loading.not_finite(model, what, own or every)}. The training was stopped, and the weights "
+        f"are those of step {steps_done}; a lower training.learning_rate may help"
     )
 
 
@@ -148,11 +140,7 @@ class SavePoints(TrainerCallback):
                 more = "" if several else "; once more to stop immediately"
                 log.warning("stopping after this step, with a checkpoint%s", more)
         elif not several:
-            checkpoint, _ = checkpoints.newest(self._folder / CHECKPOINTS)
-            none = "" if checkpoint else "no checkpoint was made yet; "
-            raise Stopped(
-                f"stopped immediately; {none}{how_to_continue(self._folder)}", 128 + number
-            )
+            raise Stopped(f"stopped immediately; {how_to_continue(self._folder)}", 128 + number)
 
 
 @contextlib.contextmanager
@@ -170,12 +158,7 @@ def naming_lost_process(folder: Path, steps_done: Callable[[], int]) -> Iterator
         # Before the handler is restored: the launcher's SIGTERM is on its way.
         distributed.one_is_gone = True
         # In the same words by all that are left, so that it is reported once.
-        closed = re.search("closed|reset|broken pipe", str(error), re.I)
-        reason = "its connection ended" if closed else first_line(error)
-        newest, _ = checkpoints.newest(folder / CHECKPOINTS)
-        made = f"The last checkpoint is {newest}" if newest else "No checkpoint was made yet"
         raise UserError(
-            f"step {steps_done() + 1}: another process of this training is gone, or cannot be "
-            f"reached ({reason:.200}). What it said, if it could, is above, on its machine. "
-            f"{made}; {how_to_continue(folder)}"
-        ) from None
+            f"step {steps_done() + 1}: another process of this training is gone, or cannot be reached. What "
+            f"it said, if it could, is above, on its machine; {how_to_continue(folder)}"
+        ) from error

@@ -7,7 +7,7 @@ What allocators and compilers add to that is not derivable. HELD, COMPILED, LATE
 fitted to peaks (VmHWM) that benchmarks/memory.py measured: the sample model, float32, torch 2.13,
 glibc 2.36, one thread, passes of up to 512 tokens, two steps. Other models and machines were not used
 for it, and on a GPU nothing was measured: UNMEASURED is a guess. So `check` refuses a training on that
-ground alone (see `off_the_ground`), and elsewhere warns.
+ground alone, and elsewhere warns.
 """
 
 import heapq
@@ -286,15 +286,6 @@ def _seconds(linears: Sequence[Any], place: Device, engine: Engine, tokens: floa
 # --- does it fit ---------------------------------------------------------------------------------
 
 
-def off_the_ground(plan: Plan, settings: Config, place: Device) -> str:
-    """On what the plan was never compared with a real training; empty where it was."""
-    if place.name != "cpu":
-        return "on a GPU"
-    if settings.model.quantization == "nf4":
-        return "with a 4-bit base"
-    return f"on models of more than {LARGEST / 1e9:.1f}e9 parameters" * (plan.parameters > LARGEST)
-
-
 def check(
     plan: Plan,
     settings: Config,
@@ -336,10 +327,14 @@ def check(
         + "\n  ".join([*lines, "dataset.max_length: shorter rows", "model.name: a smaller model"])
         + "\nThen `etude validate` shows the plan again."
     )
-    unsure = off_the_ground(plan, settings, place)
-    if not force and not unsure:
+    measured = place.name == "cpu" and plan.parameters <= LARGEST
+    if measured and settings.model.quantization != "nf4" and not force:
         raise UserError(f"{problem} To train all the same: --force")
-    why = "--force" if force else f"only a warning, because {unsure} the plan was never measured"
+    why = (
+        "--force"
+        if force
+        else "only a warning, for with such a training the plan was never compared"
+    )
     log.warning("%s: %s", why, problem)
     return False
 
