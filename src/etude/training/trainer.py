@@ -102,7 +102,6 @@ class StepTrainer(Trainer):
         self.tally = tally
         self._cutter = cutter
         self._watch = guards.StepWatch()
-        self._saved_step = -1
 
     def run(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` on if there is one; the best adapter is in the model at the end.
@@ -160,14 +159,15 @@ class StepTrainer(Trainer):
         model.train()
         examples: list[Example] = inputs["examples"]
         done = self.state.global_step
-        supervised = self._total(sum(example.targets for example in examples))
+        device = self.args.device
+        supervised = distributed.total(sum(example.targets for example in examples), device)
         sums, self._cutter = packing.fitting(
             self._cutter,
             len(examples),
             lambda cutter: self._passes(cutter(examples), len(examples), supervised),
             f"step {done + 1}: ",
         )
-        loss = self._total(sums.sum()) / supervised
+        loss = distributed.total(sums.sum(), device) / supervised
         value = loss.item()
         grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
@@ -178,7 +178,7 @@ class StepTrainer(Trainer):
             raise guards.not_finite(what, done, model, self._cutter, examples)
         self._watch.gradients(done + 1, norm)
         self._watch.loss(done + 1, value, sums, examples)
-        self.tally.add(value, int(self._total(sum(map(len, examples)))))
+        self.tally.add(value, int(distributed.total(sum(map(len, examples)), device)))
         return loss
 
     def _passes(
@@ -204,9 +204,6 @@ class StepTrainer(Trainer):
         model: Any = self.model
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def _total(self, value: Any) -> torch.Tensor:
-        return distributed.total(value, self.args.device)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -217,10 +214,8 @@ class StepTrainer(Trainer):
         """
         examples: Any = eval_dataset or self.eval_dataset
         model: Any = self.model
-        was_training = model.training
         model.eval()
         share = examples[self.args.process_index :: self.args.world_size]
-
         done = self.state.global_step
 
         def losses(cutter: packing.Cutter) -> tuple[float, int]:
@@ -231,12 +226,13 @@ class StepTrainer(Trainer):
             self._cutter, len(share), losses, f"validation at step {done}: "
         )
         # float64: the same sum on every process, and no rounding of what is compared later.
-        sums = self._total(torch.tensor([total, count], dtype=torch.float64))
+        sums = distributed.total(
+            torch.tensor([total, count], dtype=torch.float64), self.args.device
+        )
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             what = f"step {done}: the validation loss"
             raise guards.not_finite(what, done, model, self._cutter, share)
-        model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": loss}
         perplexity = measures.perplexity(loss, 1)
         if perplexity is not None:
@@ -259,11 +255,7 @@ class StepTrainer(Trainer):
     # --- checkpoints: what transformers would write with pickle, see checkpoints.py ---------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        if step == self._saved_step:  # the end of an epoch may fall on a step that was saved
-            return
-        self._saved_step = step
-        random = checkpoints.random_state()
+        step, random = self.state.global_step, checkpoints.random_state()
         if not self.args.should_save:
             return
         optimizer: Any = self.optimizer
@@ -309,7 +301,6 @@ class StepTrainer(Trainer):
         with checkpoints.reading(checkpoint):
             progress, tensors = checkpoints.load_state(checkpoint)
             self.tally.restore(progress["tally"])
-            self._saved_step = progress["step"]
             if ended:
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
                 return
