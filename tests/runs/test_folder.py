@@ -282,7 +282,7 @@ def test_what_is_nobodys_business_is_no_obstacle(training, tmp_path):
         stream.write('{"step": 2, "lo')
     training.during = lambda folder: None
     train(folder)
-    assert (folder / CONFIG).read_text() == edited
+    assert (folder / f"{CONFIG}-2").read_text() == edited
     assert (folder / "notes.txt").read_text() == "mine"
     assert is_finished(folder)
 
@@ -313,7 +313,7 @@ def test_an_adapter_copied_with_its_configuration_is_no_run(training, tmp_path):
         train(copy)
     # With all but the manifest and the checkpoints it is a run, and its adapter stays.
     (copy / STARTED).write_bytes((tmp_path / "run" / STARTED).read_bytes())
-    with pytest.raises(UserError, match="holds an adapter and no checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint that is whole"):
         train(copy)
     (copy / STARTED).unlink()
     assert state(copy) == before

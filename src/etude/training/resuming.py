@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from etude import distributed, files
-from etude.config.loading import check_config, key_paths, load_config, to_yaml, value_at
+from etude.config.loading import to_yaml
 from etude.config.schema import Config
 from etude.data.dataset import Table
 from etude.errors import UserError, command, shortage
@@ -34,7 +34,7 @@ from etude.training import checkpoints
 # Left open in a configuration, and written out when they were found.
 FOUND = ("dataset.labels", "model.revision")
 # The sections that decide what is learnt; a resumed training must have the same.
-TRAINED_BY = ("model", "lora", "dataset", "training")
+TRAINED_BY = {"model", "lora", "dataset", "training"}
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +42,16 @@ log = logging.getLogger(__name__)
 def refuse_taken(folder: Path) -> None:
     """Raise UserError if `folder` holds a finished run, or anything that no training of Etude wrote."""
     there = entries(folder) if folder.is_dir() else []
-    if folder.exists() and not folder.is_dir():
-        problem = "exists and is no folder"
-    elif there and is_finished(folder):
-        problem = "holds a finished run, which is never overwritten"
-    elif there and read_started(folder) is None:
-        more = f" and {len(there) - 5:,} more" if len(there) > 5 else ""
-        problem = (
-            f"is not a run: it holds {', '.join(there[:5])}{more}, which no training of Etude wrote "
-            "there, and which stays as it is"
-        )
-    else:
+    if not there and (folder.is_dir() or not folder.exists()):
         return
+    if is_finished(folder):
+        problem = "holds a finished run, which is never overwritten"
+    elif read_started(folder):
+        return
+    else:
+        problem = (
+            f"is not a run: it holds {', '.join(there[:5]) or 'no files'}, which stays as it is"
+        )
     raise UserError(
         f"output.dir: {folder} {problem}. Choose another folder, such as {free_name(folder)}"
     )
@@ -66,57 +64,49 @@ def open_folder(settings: Config, resume: bool | None, force: bool = False) -> P
         UserError: the folder holds what this run did not write, other settings than those to go on
             with, no checkpoint that is whole; or `resume` and nothing to go on with.
     """
-    folder = files.expanded(settings.output.dir)
+    folder = Path(settings.output.dir)
     refuse_taken(folder)
-    if (folder / CHECKPOINTS).is_symlink():
-        raise UserError(
-            f"{folder / CHECKPOINTS} is a link; nothing is written through it. Remove it"
-        )
-    other = another_folder(folder)
-    checkpoint, corrupt = checkpoints.newest(folder / CHECKPOINTS)
+    home = folder / CHECKPOINTS
+    if home.is_symlink():
+        raise UserError(f"{home} is a link; nothing is written through it. Remove it")
+    checkpoint, corrupt = checkpoints.newest(home)
     for notice in corrupt:
         log.warning(notice)
-    if checkpoint is None:
-        there = "no checkpoint that is whole" if corrupt else "an adapter and no checkpoint"
-        if corrupt or (folder / lora.WEIGHTS).exists():
-            raise UserError(
-                f"output.dir: {folder} holds {there}, so there is nothing to go on from, and training there "
-                f"would replace what is there. Start another run: {other}"
-            )
-        if resume:  # it came to nothing, so there is nothing to lose
-            raise UserError(f"--resume: {folder} holds no checkpoint to go on from; leave it out")
+    if checkpoint and resume is not False:
+        _check_settings(folder, checkpoint, settings, force)
+        return checkpoint
+    if checkpoint:
+        problem = "holds a run that did not end; to go on with it, leave --no-resume out"
+    elif corrupt or (folder / lora.WEIGHTS).exists():
+        problem = "holds no checkpoint that is whole, so there is nothing to go on from"
+    elif resume:  # it came to nothing, so there is nothing to lose
+        problem = "holds no checkpoint to go on from; leave --resume out"
+    else:
         return None
-    if resume is False:
-        raise UserError(
-            f"output.dir: {folder} holds a run that did not end. Go on with it: leave --no-resume out; or "
-            f"start another: {other}"
-        )
-    _check_settings(folder, checkpoint, settings, force)
-    return checkpoint
+    raise UserError(
+        f"output.dir: {folder} {problem}. To start another run: {another_folder(folder)}"
+    )
 
 
 def _check_settings(folder: Path, checkpoint: Path, settings: Config, force: bool) -> None:
     """Compare `settings` with those of the run, as noted at its start: config.yml may have been edited since."""
-    noted = (read_started(folder) or {}).get("config")
-    stored = check_config(noted, {}) if isinstance(noted, dict) else load_config(folder / CONFIG)
-    differing = {
-        key: (value_at(stored, key), value_at(settings, key))
-        for key in key_paths()
-        if key.partition(".")[0] in TRAINED_BY
-        and not (key in FOUND and value_at(settings, key) is None)
-    }
+    noted = read_record(folder / STARTED, "config")["config"]
     processes = checkpoints.read_progress(checkpoint)["processes"]
-    differing["processes"] = (processes, distributed.WORLD)
-    changes = "; ".join(
-        f"{key} {before} (now {now})" for key, (before, now) in differing.items() if before != now
-    )
+    changes = [
+        f"{section}.{key} {noted[section].get(key)} (now {value})"
+        for section, values in settings.model_dump(mode="json", include=TRAINED_BY).items()
+        for key, value in values.items()
+        if value != noted[section].get(key) and not (value is None and f"{section}.{key}" in FOUND)
+    ]
+    if processes != distributed.WORLD:
+        changes.append(f"processes {processes} (now {distributed.WORLD})")
     if changes:
         launcher = ["torchrun", "--nproc_per_node", str(processes), "-m", "etude.train_with_config"]
         program = launcher if processes > 1 else ["etude", "train"]
         same = command(*program, folder / CONFIG, "--resume", f"output.dir={folder}")
         _refuse_unless(
             force,
-            f"{folder} was started with other settings: {changes}. Go on with its own: {same}; "
+            f"{folder} was started with other settings: {'; '.join(changes)}. Go on with its own: {same}; "
             f"start another run: {another_folder(folder)}; or go on all the same: --force",
         )
 
@@ -138,10 +128,9 @@ def check_data(manifest: dict[str, Any], tables: Mapping[str, Table]) -> None:
     now = {split: table.fingerprint for split, table in tables.items()}
     changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
     if changed:
-        sources = ", ".join(sorted({table.source for table in tables.values()}))
         raise UserError(
-            f"The data changed since the run was trained ({', '.join(changed)}; read from {sources}), so "
-            "it cannot be repeated. Bring the files back as they were, or train a new run"
+            f"The data changed since the run was trained ({', '.join(changed)}), so it cannot be repeated. "
+            "Bring the files back as they were, or train a new run"
         )
 
 
@@ -196,16 +185,13 @@ def start_folder(
     files.clear(folder)
     facts |= {"date": date and date.isoformat(), "environment": current_environment()}
     begin_run(folder, facts | {"config": settings.model_dump(mode="json")})
-    # One that was edited and says the same stays as it is, its comments too.
-    file = folder / CONFIG
-    if not file.exists() or load_config(file) != settings:
-        write_file(folder, CONFIG, to_yaml(settings))
+    write_file(folder, CONFIG, to_yaml(settings))
     files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 @contextlib.contextmanager
 def saying_how_to_resume(folder: Path) -> Iterator[None]:
-    """Where memory or disk end a training, say how it goes on, if there is a checkpoint to go on from.
+    """Where memory or disk end a training that has begun, say how it goes on.
 
     Raises:
         UserError: what the machine lacks.
@@ -218,6 +204,5 @@ def saying_how_to_resume(folder: Path) -> Iterator[None]:
         lack = shortage(error, folder)
         if not lack:
             raise
-        newest, _ = checkpoints.newest(folder / CHECKPOINTS)
-        then = f"; then {how_to_continue(folder)}" if newest else ""
-        raise UserError(f"{lack}{then}") from error
+        begun = (folder / CONFIG).is_file()
+        raise UserError(lack + f"; then {how_to_continue(folder)}" * begun) from error
