@@ -333,10 +333,10 @@ def test_the_base_that_an_adapter_names_is_only_looked_for(adapter, name):
 @pytest.mark.parametrize(
     "text", ["[" * 10**6, "[]", "{}", '{"base": [], "chat_format": {}}', '{"base": {}}', "\0"]
 )
-def test_manifests_of_any_kind_are_told(adapter, tiny_model, text):
+def test_manifests_of_any_kind_are_refused(adapter, tiny_model, text):
     (adapter / "config.yml").write_text(f"model: {{name: {tiny_model}}}")
     (adapter / "manifest.json").write_text(text)
-    assert "the run is damaged" in refusal(opening.open_target, str(adapter), [])
+    assert "train the run again" in refusal(opening.open_target, str(adapter), [])
 
 
 # --- chat templates ------------------------------------------------------------------------------

@@ -170,17 +170,12 @@ def test_an_adapter_that_fits_nowhere_is_refused(model, base, tmp_path):
         lora.load_adapter(copy.deepcopy(base), tmp_path)
 
 
-def test_unknown_target_module_names_the_nearest(model):
+def test_unknown_target_modules_are_refused_with_those_there_are(model):
     with pytest.raises(UserError) as caught:
         lora.attach(model, Lora(target_modules=["q_porj", "v_proj"]), "tiny")
     message = str(caught.value)
-    assert "lora.target_modules: q_porj: no linear layer of that name in tiny" in message
-    assert (
-        "did you mean q_proj?" in message and "v_proj (2x)" in message and "[all-linear]" in message
-    )
-    with pytest.raises(UserError) as caught:
-        lora.attach(model, Lora(target_modules=["zzz"]), "tiny")
-    assert "in tiny. It has: q_proj (2x)" in str(caught.value)
+    assert "lora.target_modules: q_porj: no linear layer of that name in tiny. It has: q" in message
+    assert "v_proj (2x)" in message and "[all-linear]" in message
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")

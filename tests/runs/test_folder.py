@@ -653,8 +653,9 @@ def test_a_converted_model_is_written_through_no_link(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(gguf, "_convert", lambda _, folder: (folder / "a").write_text("weights"))
-    folder = gguf.converted(file)
-    folder.parent.mkdir(parents=True)
+    folder = gguf.from_gguf(file)
+    (folder / "a").unlink()
+    folder.rmdir()
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "precious").write_text("precious")

@@ -223,7 +223,7 @@ def test_where_it_was_not_measured_the_plan_warns(
 
 
 def test_wrong_target_modules_are_told_before_the_weights(prepared):
-    with pytest.raises(UserError, match="did you mean q_proj"):
+    with pytest.raises(UserError, match="no linear layer of that name"):
         planned(prepared, "lora.target_modules=[q_prj]")
 
 

@@ -49,7 +49,7 @@ def compile_layers(model: Any, batch: Pass) -> str | None:
             layer.compile(dynamic=True)
         with torch.random.fork_rng():
             token_losses(model, batch).sum().backward()
-    except Exception as error:  # whatever the compilers of the day stumble over
+    except Exception as error:  # compilers raise errors of many kinds
         for layer in layers:
             layer._compiled_call_impl = None
         log.debug("torch.compile", exc_info=error)

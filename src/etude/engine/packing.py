@@ -271,7 +271,7 @@ def fitting(
                 "model.name"
             )
         cutter = smaller
-        device.free_memory()  # only here: an error holds what its frames hold
+        device.free_memory()  # only here: the error kept its frames' tensors
         log.warning("%sout of memory; the passes are halved to %s", where, cutter.size)
 
 

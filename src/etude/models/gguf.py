@@ -48,11 +48,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ETUDE_CACHE") or Path.home() / ".cache" / "etude")
 
 
-def converted(file: Path) -> Path:
-    """The folder that the GGUF `file` is converted into, whether or not it is there."""
-    return cache_folder() / "gguf" / f"{file.stem}-{files.sha256(file)[:16]}"
-
-
 def from_gguf(file: Path) -> Path:
     """The folder with `file` converted to safetensors, made on first use.
 
@@ -64,14 +59,14 @@ def from_gguf(file: Path) -> Path:
     """
     import filelock
 
-    folder = converted(file)
+    folder = cache_folder() / "gguf" / f"{file.stem}-{files.sha256(file)[:16]}"
     if folder.is_dir():
         return folder
     home = folder.parent
     log.info("Converting %s to safetensors, once; it is kept in %s", file.name, home)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        # The lock is the kernel's: a killed process holds none.
+        # A lock of the kernel: it ends with its process.
         with filelock.FileLock(home.with_suffix(".lock")):
             if not folder.is_dir():  # else another process converted it meanwhile
                 files.clear(home)
@@ -81,7 +76,7 @@ def from_gguf(file: Path) -> Path:
                         files.usual_mode(path)
                         files.flush(path)
                     work.rename(folder)
-    except Exception as error:  # gguf raises whatever it stumbles over in a foreign file
+    except Exception as error:  # gguf raises errors of many kinds
         raise UserError(
             f"model.name {file}: could not be converted in {home}: "
             f"{shortage(error, home) or first_line(error)}. It takes a GGUF model that transformers can "

@@ -104,7 +104,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
             options["revision"] = found.resolved
         tokenizer = _tokenizer(str(folder or name), options)
         config = AutoConfig.from_pretrained(str(folder or name), **options)
-    except Exception as error:  # transformers raises whatever its many loaders stumble over
+    except Exception as error:  # transformers raises errors of many kinds
         raise _explain(name, folder, offline, error) from None
     for part in (config, config.get_text_config()):
         # With the package `kernels` transformers would fetch code of that name, and run it.
@@ -130,28 +130,21 @@ def _check_ends(tokenizer: Any, where: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def own_tokenizer(folder: Path, base: Base) -> Any | None:
-    """The tokenizer that an adapter's folder brings along for `base`; None if it has none.
+def own_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer in an adapter's folder; None if it has none.
 
     Raises:
-        UserError: it cannot be read, or has more tokens than `base`.
+        UserError: it cannot be read.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
         tokenizer = _tokenizer(str(folder), {"trust_remote_code": False, "local_files_only": True})
-    except Exception as error:  # transformers raises whatever its many loaders stumble over
+    except Exception as error:  # transformers raises errors of many kinds
         raise UserError(
             f"{folder}: its tokenizer cannot be read: {first_line(error):.300}. Copy the adapter again"
         ) from None
     _check_ends(tokenizer, str(folder))
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{folder}: its tokenizer has {len(tokenizer):,} tokens, and the base {base.name} embeds "
-            f"{rows:,}; merge the adapter with PEFT (merge_and_unload) and give the merged folder as "
-            "model.name"
-        )
     return tokenizer
 
 
@@ -187,7 +180,7 @@ def load_base(
             **weights,
             **known.options,
         )
-    except Exception as error:  # transformers raises whatever its many loaders stumble over
+    except Exception as error:  # transformers raises errors of many kinds
         raise _explain(name, folder, known.options["local_files_only"], error) from None
     model, facts = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -279,7 +272,7 @@ def hub_reachable() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # whatever the HTTP client of the day raises: no answer
+    except Exception as error:  # whatever the HTTP client raises: no answer
         log.debug("The Hub does not answer: %s", error)
         return False
     return True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etude import files
 from etude.config.schema import Lora
-from etude.errors import UserError, first_line, nearest, shortage
+from etude.errors import UserError, first_line, shortage
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +60,10 @@ def attach(model: Any, settings: Lora, base_name: str, identity: str | None = No
     linear = linear_names(model)
     unknown = [] if everything else [name for name in settings.target_modules if name not in linear]
     if unknown:
-        guesses = [guess for name in unknown if (guess := nearest(name, linear))]
-        hint = f"; did you mean {', '.join(guesses)}?" if guesses else "."
+        known = ", ".join(f"{name} ({count}x)" for name, count in linear.items())
         raise UserError(
-            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in {base_name}"
-            f"{hint} It has: {', '.join(f'{name} ({count}x)' for name, count in linear.items())}; or "
-            "[all-linear]"
+            f"lora.target_modules: {', '.join(unknown)}: no linear layer of that name in {base_name}. "
+            f"It has: {known}; or [all-linear]"
         )
     peft_config = LoraConfig(
         r=settings.r,
@@ -78,7 +76,7 @@ def attach(model: Any, settings: Lora, base_name: str, identity: str | None = No
         task_type=TaskType.CAUSAL_LM,
     )
     tuned = get_peft_model(model, peft_config)
-    # The name that the user knows, not the path of a cache on this machine.
+    # The name that the user gave, not the path of a cache on this machine.
     tuned.peft_config["default"].base_model_name_or_path = base_name
     tuned.peft_config["default"].revision = identity and identity.removeprefix("commit:")
     return tuned
@@ -145,7 +143,7 @@ def describe(folder: Path) -> "LoraConfig":
         asked = files.read_json(file)
         used = {key: value for key, value in asked.items() if key in TAKEN and value is not None}
         config = LoraConfig(**used, task_type=TaskType.CAUSAL_LM, inference_mode=True)
-    except Exception as error:  # what PEFT stumbles over has no common kind
+    except Exception as error:  # PEFT raises errors of many kinds
         raise UserError(
             f"{file}: cannot be read: {first_line(error)}; copy the adapter again"
         ) from None
@@ -197,7 +195,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             # PEFT would make room for it.
             raise ValueError(f"{ADAPTER_CONFIG} has rank {rank}, and no tensor is so large")
         tuned = get_peft_model(model, config)
-    except Exception as error:  # what PEFT stumbles over has no common kind
+    except Exception as error:  # PEFT raises errors of many kinds
         raise _unfit(folder, shortage(error) or first_line(error)) from None
     _set(tuned, weights, folder)
     return tuned.eval()

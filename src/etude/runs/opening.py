@@ -109,7 +109,7 @@ def _load(config: Config) -> loading.Base:
 
 def _with_own_tokenizer(base: loading.Base, folder: Path) -> loading.Base:
     """`base` with the tokenizer in an adapter's `folder`, and its chat template, if there is one."""
-    tokenizer = loading.own_tokenizer(folder, base)
+    tokenizer = loading.own_tokenizer(folder)
     if tokenizer is None:
         return base
     log.info("%s: its own tokenizer in use, not the base's", folder)
