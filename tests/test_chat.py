@@ -231,7 +231,7 @@ def test_a_retry_that_fails_brings_the_former_answer_back(talk, says):
         assert talk.conversation.messages[-1]["content"] == "Hi."
 
 
-def test_turns_that_are_not_sent_are_told_and_kept(talk, says, capsys):
+def test_turns_that_are_not_sent_are_reported_and_kept(talk, says, capsys):
     calls = says("x " * 50, "y " * 50, "ok")
     talk.model.window = 200
     for line in ("One " * 20, "Two " * 20, "Three"):
@@ -291,7 +291,9 @@ def test_a_session_without_a_place_for_its_history(talk, says, monkeypatch, tmp_
     assert capsys.readouterr().out == "Hi.\n"
 
 
-def test_a_prompt_that_cannot_fit_is_told_in_a_session(talk, says, monkeypatch, tmp_path, capsys):
+def test_a_prompt_that_cannot_fit_is_reported_in_a_session(
+    talk, says, monkeypatch, tmp_path, capsys
+):
     says("Hi.")
     drive(talk, "word " * 600 + "\rHello\r\x04", monkeypatch, tmp_path)
     captured = capsys.readouterr()

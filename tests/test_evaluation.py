@@ -336,7 +336,7 @@ def test_a_report_counts_the_rows_that_were_skipped(tiny_model, files, tmp_path)
     assert "- dropped: 1 (skipped: completion is empty)" in page
 
 
-def test_given_quality_labels_are_held_against_the_heuristics(tiny_model, files, tmp_path):
+def test_given_quality_labels_are_compared_with_the_heuristics(tiny_model, files, tmp_path):
     result = etude(
         "evaluate", tiny_model, "--data", files / "quality.jsonl", "--out", tmp_path / "out"
     )
@@ -388,7 +388,7 @@ def test_raw_text_gets_a_perplexity(tiny_model, files, tmp_path):
     assert "exact_match" not in found
 
 
-def test_only_rows_with_a_quality_are_held_against_it(tiny_model, files, tmp_path):
+def test_only_rows_with_a_quality_are_compared(tiny_model, files, tmp_path):
     rows = [json.loads(line) for line in (files / "quality.jsonl").read_text().splitlines()]
     first = {"prompt": "Define x.", "completion": "No judgement was given of this one."}
     mixed = tmp_path / "mixed.jsonl"
@@ -657,7 +657,7 @@ def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):
         (["{run}", "evaluation.metod=x"], "did you mean evaluation.method?"),
     ],
 )
-def test_mistakes_are_told(classifier, tiny_model, files, arguments, words):
+def test_mistakes_are_reported(classifier, tiny_model, files, arguments, words):
     result = etude(
         "evaluate", *(a.format(run=classifier, tiny=tiny_model, files=files) for a in arguments)
     )

@@ -37,12 +37,17 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 
 
-class _Log:
-    """What a training reports, as lines with their time: in memory until its run has a folder."""
+class Log:
+    """What a training prints, as lines with their time: in memory until its run has a folder."""
 
     def __init__(self) -> None:
+        """Keep nothing: no training is running."""
         self.file: Path | None = None
-        self.lines: list[str] | None = None  # None: no training is running
+        self.lines: list[str] | None = None
+
+    def start(self) -> None:
+        """Begin to keep what is printed: a training begins, and its run has no folder yet."""
+        self.file, self.lines = None, []
 
     def add(self, *objects: Any, **options: Any) -> None:
         """Add what is printed, without colours and control characters."""
@@ -64,18 +69,7 @@ class _Log:
                 files.append(self.file, text)
 
 
-_log = _Log()
-
-
-def start_log() -> None:
-    """Begin to keep what is printed: a training begins, and its run has no folder yet."""
-    _log.file, _log.lines = None, []
-
-
-def log_to(file: Path) -> None:
-    """Append to `file` what was printed since `start_log`, and all that follows until the program ends."""
-    _log.file = file
-    _log.write()
+log = Log()
 
 
 class _Console(Console):
@@ -83,7 +77,7 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does."""
-        _log.add(*objects, **options)
+        log.add(*objects, **options)
         try:
             super().print(*objects, **options)
         except OSError:
@@ -125,7 +119,7 @@ def _warn(line: Text | str) -> None:
     if first_to_say(str(line)):
         err.print(line)
     else:
-        _log.add(line)
+        log.add(line)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -147,7 +141,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             except (Exception, KeyboardInterrupt) as error:
                 _report(error)
             finally:
-                _log.file = _log.lines = None
+                log.file = log.lines = None
 
     return wrapper
 
@@ -163,7 +157,7 @@ def _report(error: BaseException) -> NoReturn:
     if not problem and isinstance(error, OSError):  # no such folder, a name too long
         problem = f"{error.filename or 'the system'}: {error.strerror or error}"
     if not problem:
-        _log.add(traceback.format_exc())
+        log.add(traceback.format_exc())
         raise error
     _warn(Text.assemble(("error: ", "bold red"), printable(problem)))
     raise typer.Exit(USER_ERROR) from None
@@ -217,10 +211,6 @@ def _quiet() -> None:
         logger.addHandler(_Notices())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a "?", not a traceback.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
@@ -231,25 +221,3 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=err, disable=not (FIRST and err.is_terminal), transient=True) as display:
         task = display.add_task(label, total=total)
         yield lambda steps: display.advance(task, steps)
-
-
-@contextlib.contextmanager
-def training_progress(every: int) -> Iterator[Callable[[int, int, float, float, float], None]]:
-    """A training's progress: a live line on a terminal, a plain line each `every` steps elsewhere.
-
-    Yields the function that shows a finished step: its number, how many there are, its loss, tokens/s
-    and the seconds left.
-    """
-    from rich.progress import BarColumn, Progress
-
-    hidden = not (FIRST and err.is_terminal)
-    with Progress(BarColumn(), "{task.description}", console=err, disable=hidden) as display:
-        task = display.add_task("", total=None)
-
-        def show(step: int, steps: int, loss: float, speed: float, left: float) -> None:
-            line = f"step {step}/{steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
-            display.update(task, completed=step, total=steps, description=line)
-            if FIRST and (step % every == 0 or step in (1, steps)):
-                (_log.add if err.is_terminal else err.print)(line)
-
-        yield show

@@ -10,8 +10,9 @@ from rich.text import Text
 from etude import console
 from etude.conversation.renderer import Example
 from etude.data import dataset
+from etude.distributed import FIRST
 from etude.runs import report
-from etude.training.reporter import OnStep, Reporter
+from etude.training.reporter import OnStep, Reporter, Step
 
 
 class Screen(Reporter):
@@ -20,7 +21,7 @@ class Screen(Reporter):
     def __init__(self) -> None:
         """Begin the log of a training."""
         super().__init__()
-        console.start_log()
+        console.log.start()
 
     def say(self, label: str, text: str) -> None:
         """Print a line."""
@@ -52,13 +53,28 @@ class Screen(Reporter):
 
     def log_to(self, file: Path) -> None:
         """Keep all that is printed there."""
-        console.log_to(file)
+        console.log.file = file
+        console.log.write()
 
     @contextlib.contextmanager
     def progress(self, every: int) -> Iterator[OnStep | None]:
         """A live line on a terminal, else a line each `every` steps."""
-        with console.training_progress(every) as show:
-            yield lambda step: show(*step)
+        from rich.progress import BarColumn, Progress
+
+        err, live = console.err, FIRST and console.err.is_terminal
+        with Progress(BarColumn(), "{task.description}", console=err, disable=not live) as display:
+            task = display.add_task("", total=None)
+
+            def show(step: Step) -> None:
+                line = (
+                    f"step {step.number}/{step.steps}  loss {step.loss:.4f}  "
+                    f"{step.tokens_per_second:,.0f} tokens/s  {step.seconds_left:.0f} s left"
+                )
+                display.update(task, completed=step.number, total=step.steps, description=line)
+                if FIRST and (step.number % every == 0 or step.number in (1, step.steps)):
+                    (console.log.add if live else err.print)(line)
+
+            yield show
 
 
 def show_example(number: int, example: Example, tokenizer: Any) -> None:

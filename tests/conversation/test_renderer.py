@@ -466,7 +466,7 @@ def test_a_template_whose_ids_depend_on_what_follows_is_refused(sample_tokenizer
 # --- the state kept beside an adapter ------------------------------------------------------------
 
 
-def test_check_state_tells_what_changed(sample_tokenizer, qwen_tokenizer):
+def test_check_state_names_what_changed(sample_tokenizer, qwen_tokenizer):
     trained = Renderer(sample_tokenizer, system_prompt="Rhyme.").state()
 
     Renderer(sample_tokenizer, system_prompt="Rhyme.").check_state(trained, "runs/a")

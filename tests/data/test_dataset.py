@@ -573,7 +573,7 @@ def test_a_validation_of_its_own_stays_whole(write):
     assert [len(table.rows) for table in tables.values()] == [3, 5]
 
 
-def test_overlap_is_told_with_its_lines(write, table):
+def test_overlap_is_reported_with_its_lines(write, table):
     other = dataset.read(write("test.jsonl", pairs("new", "3", "7")), Dataset())
     assert dataset.overlap(table, other, "test") == (
         "test: 2 of 3 rows are in train too, so its figures flatter: lines 2, 3"

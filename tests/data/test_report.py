@@ -17,7 +17,7 @@ def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
     assert fates.notices()[-1] == "train: ... and 15 more of 32 rows dropped for other reasons"
 
 
-def test_all_faults_are_told_and_long_lists_cut(write):
+def test_all_faults_are_reported_and_long_lists_cut(write):
     message = refusal(write("a.jsonl", GOOD + "{\n" * 25))
     assert message.startswith("25 rows cannot be used") and len(message.splitlines()) == 2
     assert (

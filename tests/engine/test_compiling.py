@@ -152,7 +152,7 @@ def test_without_a_compiler_the_layers_stay_as_they_were():
     assert_eager(model, expected)
 
 
-def test_a_failure_of_any_kind_is_told_in_a_line(monkeypatch):
+def test_a_failure_of_any_kind_is_reported_in_a_line(monkeypatch):
     model = llama()
     [batch] = passes(20)
     expected = learn(model, batch)

@@ -48,7 +48,7 @@ def test_greedy_equals_a_loop_by_hand_alone_and_in_a_batch(tiny):
         assert answer.text == decoded
 
 
-def test_finished_tells_an_end_from_the_token_limit(tiny, monkeypatch):
+def test_finished_is_an_end_and_not_the_token_limit(tiny, monkeypatch):
     (prompt,) = prompts_of(tiny, "Hi")
     (cut,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)
     assert not cut.finished

@@ -350,7 +350,7 @@ def test_a_proof_that_fails_leaves_the_run_unfinished(
 # --- the environment -------------------------------------------------------------------------
 
 
-def test_the_environment_is_recorded_and_differences_are_told():
+def test_the_environment_is_recorded_and_differences_are_reported():
     now = current_environment()
     assert json.loads(json.dumps(now)) == now
     assert now["threads"] == torch.get_num_threads()
@@ -411,7 +411,7 @@ def test_another_seed_is_another_run_and_exits_with_1(copied, tmp_path, monkeypa
     assert (copied.parent / "copy-reproduced" / MANIFEST).is_file()
 
 
-def test_elsewhere_close_is_enough_and_the_difference_is_told(copied, tmp_path, same_process):
+def test_elsewhere_close_is_enough_and_the_difference_is_reported(copied, tmp_path, same_process):
     manifest = json.loads((copied / MANIFEST).read_text())
     manifest["environment"]["torch"] = "1.0"
     # As if rounded otherwise.

@@ -115,7 +115,7 @@ def test_what_is_refused_before_it_starts_leaves_no_log(tiny_model, rows, tmp_pa
     assert not list(tmp_path.rglob("train.log"))
     # Nor does what was said there get into the log of another program.
     console.say("later", "text")
-    assert console._log.file is None
+    assert console.log.file is None
 
 
 def test_an_error_that_nobody_expected_is_in_the_log(
@@ -135,11 +135,11 @@ def test_a_log_is_never_written_through_a_link(tmp_path):
     (tmp_path / "theirs").write_text("precious")
     (tmp_path / "train.log").symlink_to(tmp_path / "theirs")
     try:
-        console.start_log()
-        console.log_to(tmp_path / "train.log")
+        console.log.start()
+        console.log.file = tmp_path / "train.log"
         console.say("some", "text")
     finally:
-        console._log.file = console._log.lines = None
+        console.log.file = console.log.lines = None
     assert (tmp_path / "theirs").read_text() == "precious"
 
 
@@ -185,6 +185,17 @@ def damage(value, limit=3):
         st.sampled_from(shallow),
         VALUES | st.just(...),
     )
+
+
+def for_any_damage(value, read):
+    """Calls `read` with the JSON of values near `value`."""
+
+    @FEW
+    @given(damage(value))
+    def anything(damaged):
+        read(json.dumps(damaged))
+
+    anything()
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_a_killed_process_ends_the_other_and_as_many_go_on_bit_for_bit(launched,
     assert logged_losses(folder / "killed") == logged_losses(folder / "two")
 
 
-def test_a_mistake_is_told_once(launched):
+def test_a_mistake_is_reported_once(launched):
     folder, _ = launched
     done = launch(folder, "-m", "etude.train_with_config", "c.yml", "training.learning_rat=1")
     assert done.returncode != 0

@@ -86,7 +86,7 @@ def test_an_outline_has_the_shapes_of_the_loaded_model_and_no_numbers(tiny_model
     assert shapes(outline.model(torch.bfloat16)) != shapes(loaded.model)
 
 
-def test_a_hub_model_out_of_reach_is_told(monkeypatch):
+def test_a_hub_model_out_of_reach_is_reported(monkeypatch):
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         loading.outline("nobody/nothing")
@@ -222,7 +222,7 @@ def test_where_it_was_not_measured_the_plan_warns(
     assert plan.check(*arguments) is True
 
 
-def test_wrong_target_modules_are_told_before_the_weights(prepared):
+def test_wrong_target_modules_are_reported_before_the_weights(prepared):
     with pytest.raises(UserError, match="no linear layer of that name"):
         planned(prepared, "lora.target_modules=[q_prj]")
 

@@ -298,7 +298,7 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
     assert [json.loads(line)["grad_norm"] for line in lines] == [0.5, None, None]
 
 
-def test_zero_gradients_and_a_jump_of_the_loss_are_told(tiny_model, files, caplog, monkeypatch):
+def test_zero_gradients_and_a_jump_of_the_loss_are_reported(tiny_model, files, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("etude"), "propagate", True)
     monkeypatch.setattr(memory, "rehearse", lambda model, cutter, *_: cutter)  # counts no calls
     settings = settings_for(tiny_model, files, "training.num_epochs=12")
