@@ -17,7 +17,7 @@ from etude import cli, console, distributed, train_with_config
 from etude.data import readers
 from etude.errors import Stopped, UserError, shortage
 from etude.models import gguf, loading, lora
-from etude.runs import opening, proof
+from etude.runs import opening
 
 
 class SafetensorError(Exception):
@@ -189,35 +189,6 @@ def test_nohup_stays(monkeypatch):
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize(
-    ("end", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(129), 129)]
-)
-def test_a_signal_during_the_proof_ends_its_process_and_says_how_to_go_on(
-    end, code, tmp_path, monkeypatch
-):
-    (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
-    started = []
-    real = subprocess.Popen
-
-    class Child(real):
-        def __init__(self, command, **options):
-            started.append(self)
-            super().__init__(
-                [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, **options
-            )
-
-        def communicate(self, *_, **__):
-            raise end
-
-    monkeypatch.setattr(subprocess, "Popen", Child)
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        proof.in_a_new_process(tmp_path)
-    text = str(stopped.value)
-    assert stopped.value.code == code
-    assert text.startswith("stopped during the proof") and "--resume" in text
-    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_an_interrupt_that_a_library_wrapped_is_an_interrupt(capsys):

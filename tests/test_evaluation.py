@@ -634,12 +634,11 @@ def test_a_report_keeps_the_settings_in_force_and_what_differs_from_the_run(clas
 
 
 def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):
-    labels = ["$5_{-$9", "b"]
-    counts = [[3, 1], [0, 2]]
-    figures = {"labels": labels, "columns": labels, "confusion": counts}
+    labels = ["$5_{-$9", "b", "unparseable"]
+    figures = {"columns": labels, "truth": labels[:2], "predicted": [labels[0], None]}
     plots.confusion_plot(figures, "title", tmp_path / "a.png")
     many = [f"label {n}" for n in range(80)]
-    figures = {"labels": many, "columns": many, "confusion": [[1] * 80] * 80}
+    figures = {"columns": many, "truth": many, "predicted": many}
     plots.confusion_plot(figures, "title", tmp_path / "b.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 

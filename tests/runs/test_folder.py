@@ -415,16 +415,16 @@ def test_a_report_is_whole_or_not_at_all_and_ends_with_its_figures(tmp_path, mon
         placed.append(file.name)
         original(work, file, new)
 
-    result = {"models": {"tuned": {"kind": "classification", "accuracy": 1.0}}}
+    measured = {"tuned": {"kind": "classification", "accuracy": 1.0}}
     monkeypatch.setattr(files, "put", put)
-    report.write_evaluation(result, {}, [], tmp_path)
+    report.write_evaluation(RESULT, measured, [], tmp_path)
     assert placed == ["confusion-tuned.png", "predictions.jsonl", "report.md", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(placed)
     # Where it fails, nothing half is left.
     monkeypatch.setattr(plots, "confusion_plot", lambda *_: 1 / 0)
     (tmp_path / "b").mkdir()
     with pytest.raises(ZeroDivisionError):
-        report.write_evaluation(result, {}, [], tmp_path / "b")
+        report.write_evaluation(RESULT, measured, [], tmp_path / "b")
     assert not list((tmp_path / "b").iterdir())
 
 

@@ -14,7 +14,7 @@ from etude.config.schema import Config
 from etude.data.dataset import Split
 from etude.errors import UserError
 from etude.models.loading import Base
-from etude.runs.folder import MANIFEST, STARTED
+from etude.runs.folder import MANIFEST, is_finished, read_started
 
 LIBRARIES = (
     *("etude", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors"),
@@ -79,9 +79,9 @@ def recorded_date(folder: Path) -> datetime.date | None:
     Raises:
         UserError: the run is damaged.
     """
-    if (folder / MANIFEST).is_file():
+    if is_finished(folder):
         return date_of(read_manifest(folder)["chat_format"])
-    return date_of(read_record(folder / STARTED)) if (folder / STARTED).is_file() else None
+    return date_of(read_started(folder) or {})
 
 
 def date_of(facts: dict[str, Any]) -> datetime.date | None:

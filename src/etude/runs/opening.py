@@ -14,10 +14,8 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError
 from etude.models import device, loading, lora
-from etude.runs.folder import CONFIG, MANIFEST, how_to_continue, is_live, read_started
+from etude.runs.folder import CONFIG, how_to_continue, is_finished, is_live, read_started
 from etude.runs.manifest import read_manifest, recorded_date
-
-TEMPLATE_LIMIT = 2**20  # bytes
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ def open_target(name: str, overrides: Sequence[Override]) -> Target:
     else:
         base = _with_own_tokenizer(base, folder)
         renderer = renderer_for(base, config, today())
-    if (folder / MANIFEST).is_file():
+    if is_finished(folder):
         manifest = read_manifest(folder)
         lora.check_base(name, manifest["base"]["identity"], base.identity)
         renderer.check_state(manifest["chat_format"], name)
@@ -132,7 +130,7 @@ def renderer_for(
     template, name = None, config.model.chat_template
     if name:
         try:
-            template = files.read_text(Path(name), TEMPLATE_LIMIT)
+            template = files.read_text(Path(name))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {name}: cannot be read: {error}") from None
     # Raw text needs no template, so a bad one is an error of the first conversation.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from etude.measure.metrics import UNPARSEABLE
 from etude.runs.manifest import read_metrics
 
 
@@ -23,27 +24,22 @@ def loss_plot(metrics_file: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def confusion_plot(result: dict[str, Any], title: str, picture: Path) -> None:
+def confusion_plot(figures: dict[str, Any], title: str, picture: Path) -> None:
     """Draw a confusion matrix as a PNG: rows are the truth, columns the prediction, shares of a row."""
     import matplotlib
-    import numpy as np
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    counts = np.array(result["confusion"])
-    size = len(result["columns"])
-    # scikit-learn draws squares: no row is truly "unparseable".
-    shares = np.zeros((size, size))
-    shares[: len(counts)] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = len(figures["columns"])
     side = min(2 + 0.9 * size, 30)
     figure = Figure(figsize=(side, side), layout="constrained")
-    display = ConfusionMatrixDisplay(shares, display_labels=result["columns"])
     # A dollar sign in a label begins no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         axes = figure.subplots()
-        display.plot(
-            ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, xticks_rotation=30,
-            values_format=".0%", include_values=size <= 30,
+        ConfusionMatrixDisplay.from_predictions(
+            figures["truth"], [label or UNPARSEABLE for label in figures["predicted"]],
+            labels=figures["columns"], normalize="true", ax=axes, cmap="Blues",
+            xticks_rotation=30, values_format=".0%", include_values=size <= 30,
         )  # fmt: skip
         axes.set_title(title)
         figure.savefig(picture, dpi=120)

@@ -18,13 +18,12 @@ from etude.config.schema import Config
 from etude.conversation.renderer import Example
 from etude.data import dataset
 from etude.engine import packing
-from etude.errors import Stopped, UserError, shortage
+from etude.errors import UserError, shortage
 from etude.models import device, loading, lora
 from etude.runs import opening
 from etude.runs.folder import PROOF, how_to_continue, write_file
 from etude.runs.manifest import read_record
 
-INTERRUPTED = 130  # the exit code of Ctrl-C
 # Where the trainer measured no validation loss, so many examples are measured for the proof.
 EXAMPLES = 64
 # How far the loss in a new process may be from the training's: relative, and in nats.
@@ -87,7 +86,6 @@ def in_a_new_process(folder: Path) -> str:
 
     Raises:
         UserError: the proof fails, or the process was ended, most likely for want of memory.
-        Stopped: a signal came.
     """
     # Not one of several processes any more, where torchrun started this one.
     left_out = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
@@ -95,14 +93,7 @@ def in_a_new_process(folder: Path) -> str:
     with files.scratch(folder) as work:
         # -P: a file torch.py in the folder where the user stands is not to be imported.
         command = [sys.executable, "-P", "-m", __name__, str(folder), str(work / PROOF)]
-        try:
-            done = subprocess.run(command, capture_output=True, errors="replace", env=plain)
-        except (KeyboardInterrupt, SystemExit) as end:  # a signal; the process is ended by now
-            code = getattr(end, "code", INTERRUPTED)
-            then = how_to_continue(folder)
-            raise Stopped(
-                f"stopped during the proof, the training's last step; {then}", code
-            ) from None
+        done = subprocess.run(command, capture_output=True, errors="replace", env=plain)
         found = files.read_json(work / PROOF) if (work / PROOF).is_file() else {}
     if "proof" in found:
         return str(found["proof"])

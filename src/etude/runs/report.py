@@ -213,7 +213,7 @@ def write_evaluation(
         "report.json": json.dumps(result, indent=1, allow_nan=False),
     }
     with files.scratch(folder) as work:
-        for name, figures in result["models"].items():
+        for name, figures in measured.items():
             if figures["kind"] == "classification":
                 title = f"{name}: accuracy {figures['accuracy']:.3f}"
                 plots.confusion_plot(figures, title, work / _picture(name))
