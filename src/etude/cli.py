@@ -60,7 +60,7 @@ def print_version(wanted: bool) -> None:
 @app.callback(
     epilog=examples(
         "etude init my.yml             write every key with its default",
-        "etude validate my.yml         check keys and data, plan memory and time",
+        "etude validate my.yml         check keys and data, estimate memory and time",
         "etude train my.yml            train; the result is a folder under runs/",
         "etude evaluate runs/default   measure it",
         "etude chat runs/default       talk to it",
@@ -80,7 +80,7 @@ def etude(
 def init(
     file: Annotated[Path, typer.Argument(help="where to write it")] = Path("config.yml"),
 ) -> None:
-    """Write a config.yml with every key, its default and what it does, and the schema beside it."""
+    """Write a config.yml with every key, its default and its meaning, and its JSON Schema."""
     try:
         files.write_text(file, f"{MODELINE}{to_yaml(Config())}", new=True)
         if not os.path.lexists(file.with_name(SCHEMA)):
@@ -98,7 +98,7 @@ def init(
 @app.command()
 @console.command
 def schema() -> None:
-    """Print the JSON Schema of config.yml, by which editors complete and check keys."""
+    """Print the JSON Schema of config.yml, with which editors complete and check keys."""
     console.out.print(json_schema(), end="")
 
 
@@ -113,7 +113,7 @@ def validate(
     config: train_with_config.ConfigFile = None,
     preset: train_with_config.Presets = None,
 ) -> None:
-    """Check the configuration, read the data, and plan memory and time, without the model's weights."""
+    """Check the configuration and the data, and estimate memory and time, without loading the weights."""
     settings = train_with_config.config_from(arguments or [], config, preset or [])
     console.say("config", "valid")
     reporter = screen.Screen()
@@ -132,7 +132,7 @@ def validate(
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder")],
 ) -> None:
-    """Check that a run's adapter works: its tensors, logits and loss are those of its training."""
+    """Check that a run's adapter still gives the tensors, logits and loss of its training."""
     console.say("proof", proof.verify(run))
 
 
@@ -141,11 +141,13 @@ def verify(
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run's folder")],
     out: Annotated[
-        Path | None, typer.Option(help="folder of the second run; else RUN-reproduced")
+        Path | None, typer.Option(help="folder of the second run (default: RUN-reproduced)")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="go on although memory is short")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="continue even if memory is short")
+    ] = False,
 ) -> None:
-    """Train a run again from its manifest and compare: exit code 0 if it is the same, else 1."""
+    """Train a run again from its manifest and compare: exit code 0 if it is the same, otherwise 1."""
     if not (run / MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {MANIFEST}), so it cannot be repeated")
     manifest = read_manifest(run)
@@ -179,11 +181,13 @@ def reproduce(
 def runs(
     names: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER | RUN RUN]", help="a folder of runs (runs), or two runs"),
+        typer.Argument(
+            metavar="[FOLDER | RUN RUN]", help="a folder of runs (default: runs), or two runs"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """List the runs in a folder; or compare two runs: is the first better than the second?"""
+    """List the runs in a folder, or compare two runs: is the first better than the second?"""
     paths = names or [Path("runs")]
     if len(paths) > 2:
         raise UserError("command line: give one folder of runs, or two runs to compare")

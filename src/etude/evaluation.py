@@ -27,13 +27,13 @@ def evaluate(
             help="a run folder or a model name, then settings: evaluation.method=generate",
         ),
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="measure the base beside the run")] = False,
+    base: Annotated[bool, typer.Option("--base", help="measure the base, too")] = False,
     data_file: Annotated[
-        str | None, typer.Option("--data", help="the set to measure; else dataset.test")
+        str | None, typer.Option("--data", help="data set to measure (default: dataset.test)")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="one text in place of a data set")] = None,
+    text: Annotated[str | None, typer.Option(help="one text instead of a data set")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of the report; else RUN/evaluation")
+        Path | None, typer.Option(help="folder of the report (default: RUN/evaluation)")
     ] = None,
 ) -> None:
     """Measure a model: labels or responses against a data set, or the response to one text."""

@@ -29,7 +29,7 @@ Arguments = Annotated[
         show_default=False,
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option(help="config file, as an option")]
+ConfigFile = Annotated[Path | None, typer.Option(help="config file, the same as CONFIG")]
 Presets = Annotated[
     list[str] | None,
     typer.Option(help=f"{', '.join(preset_names())}, or a .yml file"),
@@ -45,14 +45,14 @@ def train(
         bool | None,
         typer.Option(
             "--resume/--no-resume",
-            help="go on with the unfinished run in output.dir; by default, if there is one",
+            help="continue the unfinished run in output.dir; by default, if there is one",
             show_default=False,
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="go on although settings, data or base changed, or memory is short"
+            "--force", help="continue even if settings, data or base changed, or memory is short"
         ),
     ] = False,
 ) -> None:
