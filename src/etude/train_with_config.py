@@ -31,8 +31,13 @@ Arguments = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="config file, the same as CONFIG")]
 Presets = Annotated[
-    list[str] | None,
-    typer.Option(help=f"{', '.join(preset_names())}, or a .yml file"),
+    list[str] | None, typer.Option(help=f"{', '.join(preset_names())}, or a .yml file")
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="continue even if settings, data or base changed, or memory is short"
+    ),
 ]
 
 
@@ -49,12 +54,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="continue even if settings, data or base changed, or memory is short"
-        ),
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Fine-tune a model with LoRA as the configuration says."""
     settings = config_from(arguments or [], config, preset or [])
@@ -72,9 +72,7 @@ def config_from(arguments: list[str], option: Path | None, presets: list[str]) -
     name, overrides = console.split_arguments(arguments)
     if name and option:
         raise UserError(f"command line: two configurations, {name} and {option}; give one")
-    path = Path(name) if name else option
-    if path is None and Path(run.CONFIG).is_file():
-        path = Path(run.CONFIG)
+    path = name or option or (run.CONFIG if Path(run.CONFIG).is_file() else None)
     if path is None and not presets:
         raise UserError(
             "There is no config.yml here. Write one with `etude init`, or name yours: etude train FILE"
