@@ -288,6 +288,7 @@ def run_etude(
     cutter = configure_engine(model, settings, place, examples, len(steps)).cutter
     loop = in_order(trainer.StepTrainer)(
         cutter=cutter,
+        tally=trainer.Tally(),
         model=model,
         args=TrainingArguments(
             **arguments(

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,28 +96,29 @@ class StepTrainer(Trainer):
     packed, or over several processes) does not change what is learnt.
     """
 
-    def __init__(self, *, cutter: packing.Cutter, tally: Tally, **kwargs: Any) -> None:
-        """Take the `cutter` of the model and the `tally` to count in; the rest goes to Trainer."""
+    def __init__(
+        self, *, cutter: packing.Cutter, tally: Tally, checkpoint: Path | None = None, **kwargs: Any
+    ) -> None:
+        """Take the model's `cutter`, the `tally` to count in, and what to go on from; the rest goes to Trainer."""
         super().__init__(data_collator=lambda examples: {"examples": examples}, **kwargs)
         self.tally = tally
-        self._cutter = cutter
+        self._cutter, self._checkpoint = cutter, checkpoint
         self._watch = guards.StepWatch()
 
-    def run(self, checkpoint: Path | None) -> None:
-        """Train, from `checkpoint` on if there is one; the best adapter is in the model at the end.
+    def run(self) -> None:
+        """Train, from the checkpoint on if there is one; the best adapter is in the model at the end.
 
         Raises:
-            UserError: `checkpoint` is of another version, or the one with the best adapter was damaged.
+            UserError: the checkpoint is of another version, or the one with the best adapter was damaged.
         """
         self.tally.began = time.perf_counter()
-        if checkpoint is None:
-            self.train()
-        elif checkpoints.read_progress(checkpoint)["ended"]:
-            self._restore(checkpoint, ended=True)
+        checkpoint = self._checkpoint
+        if checkpoint and checkpoints.read_progress(checkpoint)["ended"]:
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._restore(checkpoint)
             self._retain()  # the kill may have come before or amid it
         else:
-            self.add_callback(Resumption(lambda: self._restore(checkpoint)))
-            self.train(resume_from_checkpoint=str(checkpoint))
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = self.state.best_global_step
         # The first process writes the result, and another machine may not see the checkpoints.
         if distributed.FIRST and best and best != self.state.global_step:
@@ -292,37 +293,28 @@ class StepTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Left to `_restore`."""
 
-    def _restore(self, checkpoint: Path, ended: bool = False) -> None:
-        """Put the training where it was when `checkpoint` was made, bit for bit.
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the scheduler, the last thing to be made before the first step, and restore all if resumed."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if self._checkpoint:
+            self._restore(self._checkpoint)
+        return made
 
-        Where it had `ended`, there is no optimizer yet, and none is needed.
-        """
+    def _restore(self, checkpoint: Path) -> None:
+        """Put the training where it was when `checkpoint` was made, bit for bit."""
         lora.restore(self.model, checkpoint)
         with checkpoints.reading(checkpoint):
             progress, tensors = checkpoints.load_state(checkpoint)
             self.tally.restore(progress["tally"])
-            if ended:
-                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-                return
             optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler
+            if scheduler is None:  # it had ended: nothing more is learnt
+                return
             optimizer.load_state_dict(checkpoints.join_optimizer(progress["groups"], tensors))
             scheduler.load_state_dict(progress["scheduler"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
             checkpoints.set_random_state(tensors)
-
-
-class Resumption(TrainerCallback):
-    """Restores a training when all that it restores has been made: as it begins."""
-
-    def __init__(self, restore: Callable[[], None]) -> None:
-        """Call `restore` then."""
-        self._restore = restore
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore it."""
-        self._restore()
 
 
 class Recorder(TrainerCallback):
@@ -387,6 +379,7 @@ def fit(
     loop = StepTrainer(
         cutter=cutter,
         tally=tally,
+        checkpoint=checkpoint,
         model=model,
         args=args,
         train_dataset=examples["train"],
@@ -403,7 +396,7 @@ def fit(
                 "the checkpoint": checkpoint.name if checkpoint else "none",
             }
         )
-        loop.run(checkpoint)
+        loop.run()
         seconds = tally.seconds
     rows = settings.training.rows_per_step
     return {
