@@ -61,10 +61,7 @@ def test_the_default_adapter_on_qwen2_1_5b():
         model.tie_weights()
         tuned = lora.attach(model, Lora(), "Qwen/Qwen2-1.5B")
 
-    count = lora.count(tuned)
-
-    assert count == (8_716_288, 1_552_430_592)
-    assert str(count) == "8,716,288 of 1,552,430,592 parameters train, 0.56%"
+    assert lora.count(tuned) == "8,716,288 of 1,552,430,592 parameters train, 0.56%"
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(model):
@@ -81,8 +78,10 @@ def test_only_the_adapter_trains(model):
     assert len(trains) == 2 * 2 * 2  # layers x modules x matrices
     assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trains)
     # q_proj is 32 -> 32, v_proj is 32 -> 16 (two of four heads).
-    assert lora.count(tuned).trainable == 2 * 4 * ((32 + 32) + (32 + 16))
-    assert lora.count(tuned).total == sum(weight.numel() for weight in tuned.parameters())
+    total = sum(weight.numel() for weight in tuned.parameters())
+    assert lora.count(tuned).startswith(
+        f"{2 * 4 * ((32 + 32) + (32 + 16))} of {total:,} parameters"
+    )
     assert tuned.peft_config["default"].base_model_name_or_path == "tiny"
 
 
@@ -184,7 +183,7 @@ def test_the_linear_layers_of_gpt2_have_another_class():
     model = GPT2LMHeadModel(config)
     assert set(lora.linear_names(model)) == {"c_attn", "c_proj", "c_fc"}
     tuned = lora.attach(model, Lora(r=2, target_modules=["c_attn"]), "gpt2")
-    assert lora.count(tuned).trainable == 2 * (16 + 48)
+    assert lora.count(tuned).startswith(f"{2 * (16 + 48)} of")
 
 
 def test_all_linear_takes_every_layer_but_the_head(model):

@@ -84,7 +84,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
         UserError: nothing of that name, not reachable, or not a causal language model.
     """
     from huggingface_hub import resolve_revision
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     # Its progress bars and warnings; every model is opened through here.
@@ -102,7 +102,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
         if folder is None:
             found = resolve_revision(name, revision=revision, local_files_only=offline)
             options["revision"] = found.resolved
-        tokenizer = _tokenizer(str(folder or name), options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder or name), **options)
         config = AutoConfig.from_pretrained(str(folder or name), **options)
     except Exception as error:  # transformers raises errors of many kinds
         raise _explain(name, folder, offline, error) from None
@@ -115,12 +115,6 @@ def outline(name: str, revision: str | None = None) -> Outline:
             )
     _check_ends(tokenizer, f"model.name {name}")
     return Outline(name, config, tokenizer, folder, options)
-
-
-def _tokenizer(source: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source, **options)
 
 
 def _check_ends(tokenizer: Any, where: str) -> None:
@@ -136,10 +130,14 @@ def own_tokenizer(folder: Path) -> Any | None:
     Raises:
         UserError: it cannot be read.
     """
+    from transformers import AutoTokenizer
+
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        tokenizer = _tokenizer(str(folder), {"trust_remote_code": False, "local_files_only": True})
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers raises errors of many kinds
         raise UserError(
             f"{folder}: its tokenizer cannot be read: {first_line(error):.300}. Copy the adapter again"

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from etude import files
 from etude.config.schema import Lora
@@ -31,17 +31,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 # and what PEFT notes there and a saved adapter does not need.
 IGNORED = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size"}
-
-
-class Count(NamedTuple):
-    """How many parameters train."""
-
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        share = self.trainable / self.total
-        return f"{self.trainable:,} of {self.total:,} parameters train, {share:.2%}"
 
 
 def attach(model: Any, settings: Lora, base_name: str, identity: str | None = None) -> Any:
@@ -95,9 +84,10 @@ def linear_names(model: Any) -> dict[str, int]:
     return dict(Counter(name.rpartition(".")[2] for name in layers))
 
 
-def count(model: Any) -> Count:
-    """Trainable and all parameters of a tuned model; tied weights count once, 4-bit ones as one each."""
-    return Count(*model.get_nb_trainable_parameters())
+def count(model: Any) -> str:
+    """How many parameters train, of how many; tied weights count once, 4-bit ones as one each."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return f"{trainable:,} of {total:,} parameters train, {trainable / total:.2%}"
 
 
 def save(model: Any, folder: Path) -> None:
@@ -107,18 +97,15 @@ def save(model: Any, folder: Path) -> None:
     files.usual_mode(folder / WEIGHTS)
 
 
-def restore(tuned: Any, folder: Path) -> None:
-    """Give `tuned`, which has an adapter, the adapter weights in `folder`, bit for bit.
+def restore(tuned: Any, folder: Path, weights: State | None = None) -> None:
+    """Give `tuned`, which has an adapter, the adapter `weights` in `folder`, bit for bit.
 
     Raises:
         UserError: they are not this adapter's.
     """
-    _set(tuned, read_weights(folder), folder)
-
-
-def _set(tuned: Any, weights: State, folder: Path) -> None:
     from peft.utils import set_peft_model_state_dict
 
+    weights = weights or read_weights(folder)
     faults = compare_keys(weights, state(tuned))
     if faults:
         raise _unfit(folder, "; ".join(faults))
@@ -197,7 +184,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         tuned = get_peft_model(model, config)
     except Exception as error:  # PEFT raises errors of many kinds
         raise _unfit(folder, shortage(error) or first_line(error)) from None
-    _set(tuned, weights, folder)
+    restore(tuned, folder, weights)
     return tuned.eval()
 
 
