@@ -235,7 +235,7 @@ def test_absurd_tensor_headers(model, adapter, content):
     message = refusal(loading.load_base, str(model), CPU)
     assert message.startswith(f"model.name {model}: ") and len(message) < 1000
     (adapter / "adapter_model.safetensors").write_bytes(content)
-    assert "adapter_model.safetensors is damaged" in refusal(lora.load_adapter, None, adapter)
+    assert "adapter_model.safetensors is corrupt" in refusal(lora.load_adapter, None, adapter)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, "\0", "9" * 10**5, '{"a": 1', "[]"])

@@ -128,7 +128,7 @@ def test_a_damaged_adapter_is_refused_in_words(model, base, tmp_path):
     lora.save(lora.attach(model, SMALL, "tiny"), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is corrupt"):
         lora.load_adapter(copy.deepcopy(base), tmp_path)
 
 

@@ -178,9 +178,9 @@ def test_damage_of_every_kind_fails_the_proof(copied):
     weights = copied / lora.WEIGHTS
     whole = weights.read_bytes()
     for damage, words in (
-        (whole[:-10], "is damaged"),
+        (whole[:-10], "is corrupt"),
         (whole[:-1] + bytes([whole[-1] ^ 1]), "not the one that was trained"),  # a single bit
-        (b"", "is damaged"),
+        (b"", "is corrupt"),
     ):
         weights.write_bytes(damage)
         result = verified(copied)

@@ -26,7 +26,7 @@ def gguf_file(name: str) -> Path | None:
     if path.suffix != ".gguf":
         return None
     if not path.is_file():
-        raise UserError(f"model.name {name}: no such file")
+        raise UserError(f"model.name {name}: no such file; check the path")
     return path
 
 

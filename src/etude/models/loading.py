@@ -119,7 +119,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
 
 def _check_ends(tokenizer: Any, where: str) -> None:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no end token, so no answer could end")
+        raise UserError(f"{where}: its tokenizer has no end token; add eos_token to its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -169,7 +169,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """Put the adapter in `folder` on `model`, unmerged; only safetensors are read.
 
     Raises:
-        UserError: an adapter that is damaged, made for another base, or of which a key is missing,
+        UserError: an adapter that is corrupt, made for another base, or of which a key is missing,
             extra, misshapen or not finite; all of them are listed.
     """
     from peft import get_peft_model
@@ -206,7 +206,7 @@ def read_weights(folder: Path) -> State:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = shortage(error, file) or f"{file.name} is damaged: {first_line(error)}"
+        reason = shortage(error, file) or f"{file.name} is corrupt: {first_line(error)}"
         raise _unfit(folder, reason) from None
 
 
