@@ -499,7 +499,7 @@ def test_a_perplexity_beyond_all_numbers_gives_its_loss():
 
 def test_no_report_holds_a_number_that_is_none(tmp_path):
     figures = {"kind": "responses", "perplexity": math.nan, "loss": 1.0}
-    result = {"models": {"model": figures}, "target": "x", "method": "greedy", "base": "b",
+    result = {"models": {"model": figures}, "target": "x", "method": "greedy", "base": "b", "given": [],
               "data": {"rows": 1, "source": "s", "format": "text", "dropped": {}, "drawn": ""}}  # fmt: skip
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -599,38 +599,18 @@ def test_what_answers_is_what_was_proven(classifier, dtype, merged):
     assert difference < 1e-4 if merged else difference == 0
 
 
-def test_a_report_keeps_the_settings_in_force_and_what_differs_from_the_run(classifier, tmp_path):
-    def report_of(*settings, run=classifier):
-        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        result = etude("evaluate", run, "--out", out, "evaluation.max_rows=4", *settings)
-        assert result.exit_code == 0, result.output
-        return json.loads((out / "report.json").read_text()), result.output, out
-
-    found, output, out = report_of("dataset.instruction=Of {labels} take {text}", "training.seed=7")
+def test_a_report_keeps_the_settings_in_force_and_those_that_were_given(classifier, tmp_path):
+    given = ["evaluation.max_rows=4", "dataset.instruction=Of {labels} take {text}"]
+    out = tmp_path / "out"
+    result = etude("evaluate", classifier, "--out", out, *given)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "report.json").read_text())
     assert found["settings"]["dataset.instruction"] == "Of {labels} take {text}"
     assert found["settings"]["dataset.labels"] == ["no", "yes"]
     assert found["settings"]["evaluation.method"] == "likelihood"
-    assert found["overridden"] == {
-        "dataset.instruction": {
-            "before": "Classify the text as one of: {labels}.\n\nText: {text}",
-            "now": "Of {labels} take {text}",
-        },
-        "training.seed": {"before": 42, "now": 7},
-        "evaluation.max_rows": {"before": None, "now": 4},
-    }
-    assert "measured with other settings than the run's or the defaults: " in output
-    assert "dataset.instruction" in (out / "report.md").read_text()
+    assert found["given"] == given
+    assert f"- given: {given[1]}" in (out / "report.md").read_text()
     assert found["models"]["tuned"]["dtype"] == "float32"
-    # What was changed in the run's config.yml since the training differs from the run as well.
-    changed = shutil.copytree(classifier, tmp_path / "changed")
-    text = (changed / "config.yml").read_text()
-    assert "good_threshold: 0.7" in text
-    (changed / "config.yml").write_text(text.replace("good_threshold: 0.7", "good_threshold: 0.6"))
-    found, _, _ = report_of(run=changed)
-    assert found["overridden"].keys() == {"evaluation.good_threshold", "evaluation.max_rows"}
-    # The control: nothing but the number of rows is other than in the run.
-    found, _, _ = report_of()
-    assert found["overridden"].keys() == {"evaluation.max_rows"}
 
 
 def test_a_dollar_sign_in_a_label_and_many_labels_are_drawn(tmp_path):

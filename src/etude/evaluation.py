@@ -71,9 +71,7 @@ def evaluate(
                 title: model.measure(table, console.bar)
                 for title, model in models(name, overrides, base)
             }
-        result = evaluations.assemble(name, settings, table, measured)
-        for notice in report.overridden(result):
-            console.notice(notice)
+        result = evaluations.assemble(name, settings, table, measured, overrides)
         report.write_evaluation(result, measured, table.rows, folder)
     for block in report.evaluation_tables(result):
         console.out.print(block)

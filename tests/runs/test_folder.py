@@ -449,7 +449,7 @@ def test_a_second_training_is_refused_in_one_sentence(training, tmp_path):
     train(folder)
     assert is_finished(folder) and not (folder / LOCK).exists()
     assert len(said) == 4 and f"output.dir={folder}-2" not in said[0]
-    assert f"is being written by process {os.getpid()} on " in said[0]
+    assert "is being written by another process" in said[0]
     assert "--resume" not in "".join(said)
 
 
@@ -509,7 +509,7 @@ def test_a_killed_holder_blocks_nothing_and_a_live_one_everything(training, tmp_
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"by process {holder.pid} on .* since 20"):
+        with pytest.raises(UserError, match="is being written by another process"):
             train(folder)
         result = etude("evaluate", folder)
         assert result.exit_code == 2 and "Wait until its training has ended" in result.output
@@ -519,7 +519,7 @@ def test_a_killed_holder_blocks_nothing_and_a_live_one_everything(training, tmp_
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    assert str(holder.pid) in (folder / LOCK).read_text()
+    assert (folder / LOCK).exists()
     train(folder)
     assert is_finished(folder) and not (folder / LOCK).exists()
 

@@ -3,19 +3,18 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from etude.config.loading import check_config, key_paths, value_at
+from etude.config.loading import key_paths, value_at
 from etude.config.schema import Config
 from etude.data import dataset
 from etude.errors import UserError, command
 from etude.measure import intervals
 from etude.models import lora
-from etude.runs import opening
-from etude.runs.folder import MANIFEST, entries, free_name
-from etude.runs.manifest import current_environment, read_manifest
+from etude.runs.folder import entries, free_name
+from etude.runs.manifest import current_environment
 
 # The settings that decide the figures of an evaluation, beside the weights and the rows.
 DECIDING = ("model.", "dataset.", "evaluation.", "generation.", "training.seed")
@@ -55,29 +54,17 @@ def report_folder(name: str, out: Path | None) -> Iterator[Path]:
             folder.rmdir()
 
 
-def settings_in_force(name: str, settings: Config) -> dict[str, Any]:
-    """The settings that decide the figures, and which of them are not those of the run (or a default).
-
-    A run's are those that its manifest says it was trained with; its config.yml may have changed since.
-    """
-    if (Path(name) / MANIFEST).is_file():
-        before = check_config(read_manifest(Path(name))["config"], {})
-    else:
-        before = opening.open_config(name, [])
-    keys = [key for key in key_paths() if key.startswith(DECIDING)]
-    values = {key: value_at(settings, key) for key in keys}
-    changed = {
-        key: {"before": value_at(before, key), "now": value}
-        for key, value in values.items()
-        if value != value_at(before, key)
-    }
-    return {"settings": values, "overridden": changed}
-
-
 def assemble(
-    name: str, settings: Config, table: dataset.Table, measured: dict[str, dict[str, Any]]
+    name: str,
+    settings: Config,
+    table: dataset.Table,
+    measured: dict[str, dict[str, Any]],
+    given: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """report.json: what was measured on what, each model's figures, and base against tuned."""
+    """report.json: what was measured on what, each model's figures, and base against tuned.
+
+    `given` are the settings that were given on top of the run's own, as key=value.
+    """
     method = settings.evaluation.method if table.format == "classification" else "greedy"
     heuristics = "heuristics" in measured
     result: dict[str, Any] = {
@@ -96,7 +83,10 @@ def assemble(
             model: {key: value for key, value in figures.items() if key not in PER_ROW}
             for model, figures in measured.items()
         },
-        **settings_in_force(name, settings),
+        "settings": {
+            key: value_at(settings, key) for key in key_paths() if key.startswith(DECIDING)
+        },
+        "given": list(given),
         "environment": current_environment(),
     }
     if len(measured) == 2:

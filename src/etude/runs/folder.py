@@ -1,12 +1,10 @@
 """A run is a folder: the names in it, how a file gets there, and the one process that writes."""
 
 import contextlib
-import datetime
 import itertools
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +96,7 @@ def move_in(folder: Path, work: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Be the one process that writes in `folder`, which is made; if it is empty at the end, it goes again.
 
-    The lock is the kernel's, on a file that says who holds it: a process that was killed holds none.
+    The lock is the kernel's: a process that was killed holds none.
 
     Raises:
         UserError: another process holds it.
@@ -112,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0.2)
     except filelock.Timeout:
         raise UserError(
-            f"{folder} is being written by {_holder(file)}. Wait for its end, or choose another "
+            f"{folder} is being written by another process. Wait for its end, or choose another "
             f"folder: {free_name(folder)}"
         ) from None
     except OSError as error:  # a file system without locks, say
@@ -122,10 +120,6 @@ def locked(folder: Path) -> Iterator[None]:
             error.strerror,
         )
     try:
-        if lock.is_locked:
-            since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            with contextlib.suppress(OSError):  # Windows lets nobody write it now
-                file.write_text(f"process {os.getpid()} on {platform.node()} since {since}")
         yield
     finally:
         if lock.is_locked:
@@ -135,14 +129,6 @@ def locked(folder: Path) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def _holder(file: Path) -> str:
-    """Who holds the lock `file`, in words."""
-    try:
-        return files.read_text(file, 1000) or "another process"
-    except (OSError, UnicodeDecodeError):  # Windows lets nobody read it now
-        return "another process"
 
 
 def is_live(folder: Path) -> bool:

@@ -89,7 +89,9 @@ def open_target(name: str, overrides: Sequence[Override]) -> Target:
     if (folder / CONFIG).is_file():  # one of Etude's runs, which has the base's tokenizer
         renderer = renderer_for(base, config, recorded_date(folder))
     else:
-        base = _with_own_tokenizer(base, folder)
+        if tokenizer := loading.own_tokenizer(folder):
+            log.info("%s: its own tokenizer in use, not the base's", folder)
+            base = dataclasses.replace(base, tokenizer=tokenizer)
         renderer = renderer_for(base, config, today())
     if is_finished(folder):
         manifest = read_manifest(folder)
@@ -103,15 +105,6 @@ def _load(config: Config) -> loading.Base:
     # An int8 base is made for training; a 4-bit one where there is no room for another.
     quantization = "nf4" if config.model.quantization == "nf4" else None
     return loading.load_base(config.model.name, place, config.model.revision, quantization)
-
-
-def _with_own_tokenizer(base: loading.Base, folder: Path) -> loading.Base:
-    """`base` with the tokenizer in an adapter's `folder`, and its chat template, if there is one."""
-    tokenizer = loading.own_tokenizer(folder)
-    if tokenizer is None:
-        return base
-    log.info("%s: its own tokenizer in use, not the base's", folder)
-    return dataclasses.replace(base, tokenizer=tokenizer)
 
 
 def today() -> datetime.date:

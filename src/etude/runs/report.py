@@ -10,7 +10,6 @@ from rich import box
 from rich.table import Table
 
 from etude import files
-from etude.config.yaml import scalar
 from etude.data.formats import Row
 from etude.data.report import TRUNCATED, Report
 from etude.runs import plots
@@ -109,18 +108,6 @@ def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *models], rows
 
 
-def overridden(result: dict[str, Any]) -> list[str]:
-    """A sentence about settings that decide the figures and are not those of the run, if any."""
-    changed = result.get("overridden") or {}
-    if not changed:
-        return []
-    settings = "; ".join(
-        f"{key} {scalar(values['now']):.80} (was {scalar(values['before']):.80})"
-        for key, values in changed.items()
-    )
-    return [f"measured with other settings than the run's or the defaults: {settings}"]
-
-
 def verdict(test: dict[str, Any], first: object = "base", second: object = "tuned") -> str:
     """What a paired test of two models on the same rows found, in one sentence."""
     chance = "p < 0.0001" if test["p_value"] < 1e-4 else f"p = {test['p_value']:.4f}"
@@ -180,7 +167,7 @@ def evaluation_markdown(result: dict[str, Any], examples: str) -> str:
             f"- dropped: {len(lines):,} ({reason})" for reason, lines in data["dropped"].items()
         ),
         markdown_table(*summary(result)),
-        *map(markdown_cell, overridden(result)),
+        *(f"- given: {markdown_cell(setting)}" for setting in result["given"]),
         verdict(result["comparison"]) if "comparison" in result else "",
     ]
     for name, table in _classes(result).items():
