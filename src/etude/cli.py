@@ -143,9 +143,7 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option(help="folder of the second run (default: RUN-reproduced)")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="continue even if memory is short")
-    ] = False,
+    force: train_with_config.Force = False,
 ) -> None:
     """Train a run again from its manifest and compare: exit code 0 if it is the same, otherwise 1."""
     if not (run / MANIFEST).is_file():

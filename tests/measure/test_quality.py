@@ -69,6 +69,7 @@ CODE = "Here is the function:\n\n```python\ndef add(a, b):\n    return a + b\n``
         (quality.format, ("Say", "One (two) :) 1)"), ("Say", "One (two")),
         (quality.format, ("Say", "a[0] and 1) b"), ("Say", "a 0] and 1) b")),
         (quality.format, ("Say", 'He said "no".'), ("Say", 'He said "no.')),
+        (quality.format, ("Sag", "Er sagte „ja“."), ("Sag", "Er sagte “ja.")),
         (quality.format, ("Say", "Un café où l'été dure."), ("Say", "Un cafÃ© où l'été dure.")),
         (quality.format, ("Say", "Fine 😀"), ("Say", "Fine \ufffd")),
         (quality.format, ("Reply in JSON.", '{"a": 1}'), ("Reply in JSON.", "a is 1")),

@@ -226,7 +226,7 @@ def format(prompt: str, response: str) -> float:
     faults = [
         _fence_is_open(response),
         _brackets_are_open(response) or stray,
-        response.count('"') % 2 or response.count("“") > response.count("”"),
+        response.count('"') % 2 or response.count("“") > sum(map(response.count, "”„")),
         _MOJIBAKE.search(response),
         _ASKS_JSON.search(prompt) and not _is_json(response),
         _ASKS_LIST.search(prompt) and not _is_list(response),
