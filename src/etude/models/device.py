@@ -63,8 +63,9 @@ def choose(
             automatic, why = "bfloat16", "has instructions for bf16"
     if name == "cpu" and (fp16 or dtype == "float16"):
         key = "training.fp16 is true" if fp16 else "model.dtype is float16"
+        reason = "training.use_cpu is true" if use_cpu else "there is no GPU here"
         raise UserError(
-            f"{key}, but there is no GPU here ({where}); float16 needs one. "
+            f"{key}, but {reason} ({where}); float16 needs a GPU. "
             "Set training.fp16: false and model.dtype: auto"
         )
     if bf16 and automatic == "float16":
