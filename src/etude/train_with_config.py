@@ -112,7 +112,7 @@ def run_training(
     resuming.refuse_taken(folder)
     # One of several processes writes for all.
     lock = run.locked(folder) if distributed.FIRST else contextlib.nullcontext()
-    with resuming.saying_how_to_resume(folder), lock:
+    with lock:
         return train_in(folder, settings, reporter, resume, force, repeated)
 
 

@@ -119,9 +119,8 @@ class SavePoints(TrainerCallback):
                 128 + (self.signal or signal.SIGINT),
             )
 
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Let Ctrl-C, SIGTERM and SIGHUP end the training after its step; the second one, immediately.
+    def handle(self, number: int, frame: object) -> None:
+        """On Ctrl-C, SIGTERM and SIGHUP end the training after its step; on the second one, immediately.
 
         Of several processes each gets the signal twice, for the launcher passes it on: there the
         second one counts for nothing, and the launcher itself ends what does not end in time.
@@ -129,10 +128,6 @@ class SavePoints(TrainerCallback):
         Raises:
             Stopped: with how to go on.
         """
-        with distributed.on_signals(self._handle):
-            yield
-
-    def _handle(self, number: int, frame: object) -> None:
         several = distributed.WORLD > 1
         if self.signal is None:
             self.signal = number

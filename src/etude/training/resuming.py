@@ -1,10 +1,9 @@
 """The run's folder before a training: whether it is free, and what a training that goes on there must have."""
 
-import contextlib
 import datetime
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from etude import distributed, files
 from etude.config.loading import to_yaml
 from etude.config.schema import Config
 from etude.data.dataset import Table
-from etude.errors import UserError, command, shortage
+from etude.errors import UserError, command
 from etude.models import loading, lora
 from etude.runs.folder import (
     CHECKPOINTS,
@@ -23,7 +22,6 @@ from etude.runs.folder import (
     begin_run,
     entries,
     free_name,
-    how_to_continue,
     is_finished,
     read_started,
     write_file,
@@ -187,22 +185,3 @@ def start_folder(
     begin_run(folder, facts | {"config": settings.model_dump(mode="json")})
     write_file(folder, CONFIG, to_yaml(settings))
     files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-@contextlib.contextmanager
-def saying_how_to_resume(folder: Path) -> Iterator[None]:
-    """Where memory or disk end a training that has begun, say how it goes on.
-
-    Raises:
-        UserError: what the machine lacks.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        lack = shortage(error, folder)
-        if not lack:
-            raise
-        begun = (folder / CONFIG).is_file()
-        raise UserError(lack + f"; then {how_to_continue(folder)}" * begun) from error

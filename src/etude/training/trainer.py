@@ -387,7 +387,8 @@ def fit(
         callbacks=[*callbacks, saves],
     )
     loop.remove_callback(PrinterCallback)
-    with saves.on_signals(), guards.naming_lost_process(folder, lambda: loop.state.global_step):
+    lost = guards.naming_lost_process(folder, lambda: loop.state.global_step)
+    with distributed.on_signals(saves.handle), lost:
         distributed.agree(
             {
                 "lora and training": (settings.lora, settings.training),
