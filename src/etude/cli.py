@@ -149,14 +149,15 @@ def reproduce(
     if not (run / MANIFEST).is_file():
         raise UserError(f"{run}: not a finished run (no {MANIFEST}), so it cannot be repeated")
     manifest = read_manifest(run)
-    again = out or Path(f"{run.resolve()}-reproduced")
-    settings = load_config(None, overrides=[manifest["config"], f"output.dir={again}"])
+    folder = out or Path(f"{run.resolve()}-reproduced")
+    settings = load_config(None, overrides=[manifest["config"], f"output.dir={folder}"])
     reporter = screen.Screen()
     differences = changes_since(manifest["environment"])
     for difference in differences:
         console.notice(f"since the first training: {difference}")
     done = train_with_config.run_training(settings, reporter, force=force, repeated=manifest)
     train_with_config.show_end(settings, done.results)
+    again = done.folder
     same, deviation, figures = comparison.compare_training(run, again)
     console.say("compared", figures)
     if same:
