@@ -41,7 +41,7 @@ def score_transformers(target: Any, prompts: list[Any], labels: list[str]) -> li
         row = []
         start = len(renderer.prompt(prompt))
         for label in labels:
-            ids = renderer.render([*prompt, {"role": "assistant", "content": label}]).ids
+            ids = renderer.answer([*prompt, {"role": "assistant", "content": label}]).ids
             end = start + ids[start:].index(renderer.end_of_turn) + 1
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : end - 1]
@@ -109,12 +109,12 @@ def generate_transformers(target: Any, prompts: list[Any], labels: list[str]) ->
 
 def worker(task: str, engine: str, rows: int) -> None:
     """Do the task with one engine and print what was measured as one JSON line."""
-    from etude.data import dataset
+    from etude.data import dataset, splits
     from etude.runs import opening
 
     target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
     settings = target.config.dataset
-    table = dataset.sample(dataset.read(str(ROOT / TEST), settings), rows, 0)
+    table = splits.sample(dataset.read(str(ROOT / TEST), settings), rows, 0)
     labels = table.labels or []
     prompts = [dataset.instruct(row.text, labels, settings) for row in table.rows]
     if task == "generation":

@@ -69,7 +69,7 @@ def make_steps(workload: str, rows: int, steps: int) -> list[list[dict[str, list
         conversations = joined(conversations, renderer, *((513, 700) if workload == "full" else ()))
     if len(conversations) < rows * steps:
         raise SystemExit(f"error: {workload} has rows for {len(conversations) // rows} steps")
-    rendered = [renderer.render(messages) for messages in conversations[: rows * steps]]
+    rendered = [renderer.render(messages)[0] for messages in conversations[: rows * steps]]
     examples = [dataset.truncate(e, 512) if len(e) > 512 else e for e in rendered]
     plain = [
         {
@@ -89,7 +89,7 @@ def joined(conversations: list[Any], renderer: Any, least: int = 400, most: int 
         # A system prompt of its own at the start: no two conversations share a beginning.
         head = [] if current else [{"role": "system", "content": f"Volume {number}."}]
         longer = [*current, *head, *messages]
-        length = len(renderer.render(longer).ids)
+        length = len(renderer.render(longer)[-1])
         if length > most:
             current = []
         elif length >= least:
