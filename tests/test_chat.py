@@ -1,4 +1,7 @@
+import copy
+import json
 import os
+import sys
 
 import pytest
 import typer
@@ -11,6 +14,7 @@ from etude import chat
 from etude.chat import Talk, changed, handle
 from etude.config.schema import Generation, Lora
 from etude.console import printable
+from etude.conversation.calling import call
 from etude.conversation.history import Conversation
 from etude.engine import generation
 from etude.engine.generation import Response
@@ -45,14 +49,16 @@ def says(monkeypatch):
     def install(*replies):
         left = list(replies)
 
-        def generate(model, renderer, prompts, settings, on_text):
+        def generate(model, renderer, prompts, settings, on_text, tools):
             calls.append((prompts[0], settings))
             reply = left.pop(0)
             if isinstance(reply, BaseException):
                 raise reply
             if isinstance(reply, str):
                 reply = Response(reply, 3, True)
-            on_text(reply.text)
+            for text, reasoning in ((reply.reasoning, True), (reply.text, False)):
+                if text:
+                    on_text(text, reasoning)
             return [reply]
 
         monkeypatch.setattr(generation, "generate", generate)
@@ -164,18 +170,12 @@ def test_set_is_checked_by_the_schema(talk):
     assert talk.settings.top_k == 5
 
 
-def test_retry_asks_again_and_says_when_nothing_varies(talk, says, capsys):
-    calls = says("a", "b", "c", "d")
-    talk.settings = Generation(temperature=0.5)
+def test_retry_asks_again(talk, says):
+    calls = says("a", "b")
     for line in ("Hello", "/retry"):
         handle(talk, line)
-    assert "same answer" not in capsys.readouterr().err
-    for settings in (Generation(seed=7), Generation(temperature=0)):
-        talk.settings = settings
-        handle(talk, "/retry")
-        assert "the same answer comes again" in capsys.readouterr().err
     assert len({tuple(prompt) for prompt, _ in calls}) == 1
-    assert [m["content"] for m in talk.conversation.messages] == ["Hello", "d"]
+    assert [m["content"] for m in talk.conversation.messages] == ["Hello", "b"]
 
 
 # --- answers ---------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_control_characters_do_not_reach_the_terminal(talk, says, capsys):
 def test_pieces_add_up_to_the_stripped_answer(capsys):
     writer = chat.Writer()
     for piece in (" ", "\n a", " ", "", " b\n", "\n"):
-        writer(piece)
+        writer(piece, False)
     assert capsys.readouterr().out == "a  b"
 
 
@@ -207,8 +207,8 @@ def test_ctrl_c_keeps_the_part_that_was_written(talk, monkeypatch, capsys):
     class Impatient(chat.Writer):
         pieces = 0
 
-        def __call__(self, piece):
-            super().__call__(piece)
+        def __call__(self, piece, reasoning):
+            super().__call__(piece, reasoning)
             self.pieces += 1
             if self.pieces == 3:
                 raise KeyboardInterrupt
@@ -250,7 +250,7 @@ def test_a_session(talk, says, monkeypatch, tmp_path, capsys):
         "Hello\r"
         "\x03"  # Ctrl-C on an empty line
         "half\x03"  # and on one that is not
-        "one\\\rtwo\x1b\rthree\r"  # continued by a backslash and by Alt-Enter; fails
+        "one\x1b\rtwo\x1b\rthree\r"  # continued by Alt-Enter; fails
         "/retry\r"
         "/nudo\r"
         "\r"
@@ -263,7 +263,7 @@ def test_a_session(talk, says, monkeypatch, tmp_path, capsys):
     drive(talk, keys, monkeypatch, tmp_path)
     captured = capsys.readouterr()
     assert captured.out == "Hi.\nAgain.\nLast.\n"
-    assert captured.err.count("Ctrl-D or /exit leaves.") == 1
+    assert captured.err.count("Ctrl-D or /exit leaves.") == 2
     assert "not enough memory on the GPU; " in captured.err
     assert captured.err.count("The question is kept") == 2
     assert "did you mean /undo?" in captured.err and "never" not in captured.err
@@ -298,6 +298,137 @@ def test_a_prompt_that_cannot_fit_is_reported_in_a_session(
     drive(talk, "word " * 600 + "\rHello\r\x04", monkeypatch, tmp_path)
     captured = capsys.readouterr()
     assert captured.out == "Hi.\n" and "508 fit" in captured.err
+
+
+# --- reasoning ---------------------------------------------------------------------------------
+
+
+def test_reasoning_is_shown_counted_and_kept_apart(talk, says, capsys):
+    says(Response("Four.", 9, True, reasoning="Two and two."), "Right.")
+    handle(talk, "2 + 2?")
+    captured = capsys.readouterr()
+    assert captured.out == "Two and two.\n\nFour.\n"
+    count = len(talk.model.target.base.tokenizer.tokenize("Two and two."))
+    assert f"9 tokens, {count} of them reasoning" in captured.err
+    assert talk.conversation.messages[-1] == {
+        "role": "assistant", "content": "Four.", "reasoning_content": "Two and two.",
+    }  # fmt: skip
+    handle(talk, "Sure?")
+    assert "reasoning" not in capsys.readouterr().err
+
+
+def test_reasoning_is_dim_in_a_terminal(monkeypatch, capsys):
+    writer = chat.Writer()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for piece, reasoning in (("Hm", True), (". ", True), ("Yes", False), (".", False)):
+        writer(piece, reasoning)
+    dim, plain = "\x1b[2m", "\x1b[22m"
+    assert capsys.readouterr().out == f"{dim}Hm{plain}{dim}.{plain}\n\nYes."
+
+
+def test_once_the_answer_alone_is_on_stdout(tiny_model, says):
+    says(Response("Four.", 9, True, reasoning="Two and two."))
+    result = run(tiny_model, *ON_CPU, "--prompt", "2 + 2?")
+    assert (result.stdout, result.stderr) == ("Four.\n", "Two and two.\n\n")
+
+
+# --- calls -------------------------------------------------------------------------------------
+
+SCHEMA = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}
+ROME, OSLO = call("weather", city="Rome"), call("weather", city="Oslo")
+
+
+@pytest.fixture
+def schemas(tmp_path):
+    """A file for --tools."""
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([SCHEMA]))
+    return file
+
+
+def roles(talk):
+    return [message["role"] for message in talk.conversation.messages]
+
+
+def test_a_result_is_typed_and_the_model_goes_on(
+    talk, says, monkeypatch, tmp_path, schemas, capsys
+):
+    two = Response("", 9, True, calls=[copy.deepcopy(ROME), copy.deepcopy(OSLO)])
+    calls = says(two, "Mild in both.", "Yes.")
+    talk.conversation.tools = chat.read_tools(str(schemas))
+    drive(talk, "Rome, Oslo?\r20 degrees\r10 degrees\rSure?\r\x04", monkeypatch, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == "Mild in both.\nYes.\n"
+    assert 'weather {"city": "Rome"}' in captured.err and '{"city": "Oslo"}' in captured.err
+    assert roles(talk) == ["user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
+    results = [m for m in talk.conversation.messages if m["role"] == "tool"]
+    assert [(m["content"], m["name"], m["tool_call_id"]) for m in results] == [
+        ("20 degrees", "weather", "call00001"),
+        ("10 degrees", "weather", "call00002"),
+    ]
+    renderer = talk.model.target.renderer
+    assert calls[1][0] == renderer.prompt(talk.conversation.sent()[:4])
+    text = renderer.tokenizer.decode(calls[1][0])
+    assert '"name": "weather"' in text and "20 degrees" in text
+
+
+def test_a_call_without_a_result_keeps_the_question(
+    talk, says, monkeypatch, tmp_path, schemas, capsys
+):
+    says(Response("", 9, True, calls=[copy.deepcopy(ROME)]), "Hello.")
+    talk.conversation.tools = chat.read_tools(str(schemas))
+    drive(talk, "Rome?\r\x04Hi\r\x04", monkeypatch, tmp_path)  # Ctrl-D in place of a result
+    assert "The question is kept" in capsys.readouterr().err
+    assert [m["content"] for m in talk.conversation.messages] == ["Hi", "Hello."]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "stdout"), [("20 degrees\n", "Mild.\n"), ("", 'weather {"city": "Rome"}\n')]
+)
+def test_once_a_result_is_piped_or_the_call_is_the_answer(tiny_model, says, schemas, stdin, stdout):
+    says(Response("", 9, True, calls=[copy.deepcopy(ROME)]), "Mild.")
+    result = run(tiny_model, *ON_CPU, "--prompt", "Rome?", "--tools", schemas, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == stdout and 'weather {"city": "Rome"}' in result.stderr
+
+
+def test_the_real_loop_hands_the_tools_on(talk, monkeypatch, schemas, capsys):
+    seen = []
+    original = generation.generate
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda *given, tools: seen.append(tools) or original(*given, tools=tools),
+    )
+    handle(talk, "Hello")
+    talk.conversation.tools = chat.read_tools(str(schemas))
+    handle(talk, "Hello")
+    assert seen[0] == [None] and seen[1][0][0]["function"]["name"] == "weather"
+
+
+def test_a_broken_call_is_text_with_a_word_about_it(talk, says, schemas, capsys):
+    says(Response("<tool_call>{", 5, True, malformed=True))
+    talk.conversation.tools = chat.read_tools(str(schemas))
+    handle(talk, "Rome?")
+    captured = capsys.readouterr()
+    assert captured.out == "<tool_call>{\n" and "a call that cannot be read" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not JSON"),
+        ('{"name": "weather"}', "must be a list"),
+        ("[1]", "an object with a function's name"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_file_of_tools_is_named(tiny_model, tmp_path, content, words):
+    file = tmp_path / "tools.json"
+    if content is not None:
+        file.write_text(content)
+    result = run(tiny_model, *ON_CPU, "--prompt", "x", "--tools", file)
+    assert result.exit_code == 2 and words in result.stderr and "tools.json" in result.stderr
 
 
 # --- once ------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from etude import evaluation
 from etude.cli import app
 from etude.config.schema import Config, normal_label
-from etude.conversation.renderer import Example
-from etude.data import dataset
+from etude.conversation.encoding import Example
+from etude.data import dataset, splits
 from etude.engine import generation, packing
 from etude.errors import UserError
 from etude.measure import labels as class_labels
@@ -37,7 +37,7 @@ def tiny(tiny_model):
 def brute_force(model, renderer, prompt, label):
     """log P(label and its end token | prompt), one plain forward, nothing of Etude's passes."""
     start = renderer.prompt(prompt)
-    ids = renderer.render([*prompt, {"role": "assistant", "content": label}]).ids
+    ids = renderer.answer([*prompt, {"role": "assistant", "content": label}]).ids
     end = len(start) + ids[len(start) :].index(renderer.end_of_turn) + 1
     with torch.no_grad():
         logs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
@@ -58,9 +58,7 @@ def test_label_likelihoods_equal_brute_force(tiny):
 @pytest.mark.real
 def test_label_likelihoods_of_real_tweets_equal_brute_force(sample):
     settings = Config()
-    table = dataset.sample(
-        dataset.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0
-    )
+    table = splits.sample(dataset.read("data/tweets_sentiment.test.jsonl", settings.dataset), 12, 0)
     prompts = [dataset.instruct(row.text, table.labels, settings.dataset) for row in table.rows]
     got = likelihood.label_log_likelihoods(
         sample.base.model, sample.renderer, prompts, table.labels, settings
@@ -150,12 +148,6 @@ def test_a_label_in_any_case_and_punctuation_is_itself_whatever_the_others(label
     assert class_labels.parse_label(text, labels) == label
     assert class_labels.parse_label(text, labels[::-1]) == label
     assert class_labels.parse_label(label, [*labels, label.swapcase(), f"x {label}"]) == label
-
-
-def test_last_answer_supervises_the_last_stretch_only():
-    flags = [False, True, True, False, True, True, False]
-    found = likelihood.last_answer(Example(list(range(7)), flags))
-    assert found.supervised == [False, False, False, False, True, True, False]
 
 
 def test_softmax():
@@ -290,7 +282,7 @@ def test_a_report_on_responses(tiny_model, files, tmp_path):
     total = tokens = 0
     table = dataset.read(f"{files}/pairs.jsonl", target.config.dataset)
     for row in table.rows:
-        example = target.renderer.render(row.messages)
+        (example,) = target.renderer.render(row.messages)
         labels = [i if s else -100 for i, s in zip(example.ids, example.supervised, strict=True)]
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
@@ -370,7 +362,7 @@ def test_the_perplexity_of_a_cut_response_leaves_its_missing_end_out(tiny, monke
     )
     for finished in (True, False):
         said = generation.Response("Well then.", 3, finished)
-        monkeypatch.setattr(generation, "generate", lambda *_, said=said: [said])
+        monkeypatch.setattr(generation, "generate", lambda *_, said=said, **__: [said])
         evaluation.show_text(Model(tiny, tiny.base.model), "Well?")
     whole, cut = seen
     assert whole.ids == cut.ids and sum(whole.supervised) == sum(cut.supervised) + 1

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from etude.cli import app
 from etude.config.schema import Dataset, Lora
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.engine import packing
 from etude.models import lora
 from etude.runs import opening
@@ -83,7 +83,7 @@ def test_plain_peft_loads_the_run_and_answers_the_same(run):
 
 def tweets(target, rows):
     settings = Dataset(train=str(ROOT / "data/tweets_sentiment.train.jsonl"))
-    table = dataset.sample(dataset.read(settings.train, settings), rows, seed=1)
+    table = splits.sample(dataset.read(settings.train, settings), rows, seed=1)
     return dataset.encode(table, target.renderer, settings, "train").examples
 
 

@@ -4,9 +4,9 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +14,14 @@ from etude import console
 from etude.config.loading import parse_override
 from etude.config.schema import Generation
 from etude.conversation.history import Conversation, load, save
+from etude.data.calls import calls_of, tools_of
 from etude.engine.generation import Response
 from etude.errors import UserError, command, nearest, shortage
-from etude.files import expanded
+from etude.files import expanded, read_text
 from etude.model import Model, sampling
 from etude.models import gguf
 from etude.runs import opening
-
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
+from etude.terminal import Writer, piped_line, prompt_session, say, shown, typed_line
 
 COMMANDS = {
     "help": "this list",
@@ -30,15 +29,16 @@ COMMANDS = {
     "undo": "drop the last question and its answer",
     "retry": "drop the last answer and ask again",
     "system": "[TEXT] show the system prompt, or set it; - goes back to the run's own",
-    "set": "KEY VALUE  change one of: " + ", ".join(Generation.model_fields),
+    "set": "KEY VALUE  change one of: "
+    + ", ".join(key for key in Generation.model_fields if key != "thinking"),
     "show": "the model, the settings, how full the context window is",
     "save": "FILE  write the conversation as JSON",
     "load": "FILE  go on with a saved conversation",
     "exit": "leave; so do /quit and Ctrl-D",
 }
 KEYS = (
-    "Enter sends; Alt-Enter, or a backslash at the end of a line, begins a new line.\n"
-    "Ctrl-C stops an answer. A message that begins with / is written with // instead."
+    "Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer. A message that begins with / "
+    "is written with // instead."
 )
 
 
@@ -55,17 +55,20 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="answer this once, on stdout")] = None,
     system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="base and tuned, in turn")] = False,
+    tools: Annotated[
+        str | None, typer.Option(metavar="FILE", help="functions it may call, as JSON schemas")
+    ] = None,
 ) -> None:
     """Chat with a run or a model. Text from a pipe is one prompt, answered once."""
     name, overrides = console.split_arguments(arguments or [])
     if sys.stdout is None:
         raise UserError("stdout is closed, so no answer could be shown; leave it open")
     question = read_question(prompt)
+    conversation = Conversation(system, tools=read_tools(tools) if tools else [])
     name = name or default_target(overrides)
     if question is None:
         say(f"Loading {name} ...")
-    target = opening.open_target(name, overrides)
-    talk = Talk(target, Conversation(system), compare, quiet=question is not None)
+    talk = Talk(opening.open_target(name, overrides), conversation, compare, question is not None)
     try:
         if question is None:
             interactive(talk)
@@ -77,13 +80,11 @@ def chat(
 
 def read_question(prompt: str | None) -> str | None:
     """The one prompt of --prompt or of a pipe; None in a terminal, where a conversation begins."""
+    where = "stdin" if prompt is None else "--prompt"
     if prompt is None and sys.stdin is None:
-        raise UserError(
-            "stdin is closed, so no question can be typed; give one: etude chat --prompt TEXT"
-        )
+        raise UserError(f"{where} is closed; give a question: etude chat --prompt TEXT")
     if prompt is None and sys.stdin.isatty():
         return None
-    where = "stdin" if prompt is None else "--prompt"
     try:
         # Bytes that are not UTF-8 arrive in arguments as lone surrogates, which do not encode.
         raw = sys.stdin.buffer.read() if prompt is None else prompt.encode()
@@ -91,11 +92,21 @@ def read_question(prompt: str | None) -> str | None:
     except UnicodeError as error:
         raise UserError(f"{where}: the prompt is not UTF-8 text: {error}") from None
     if not text.strip():
-        raise UserError(
-            f"{where}: the prompt is empty; give one: etude chat --prompt TEXT, or run etude chat "
-            "in a terminal for a conversation"
-        )
+        raise UserError(f"{where}: the prompt is empty; give one: etude chat --prompt TEXT")
     return text
+
+
+def read_tools(file: str) -> list[dict[str, Any]]:
+    """The functions of a file: a JSON list of schemas, as in a row's column tools."""
+    try:
+        return tools_of(read_text(expanded(file)))
+    except OSError as error:
+        raise UserError(f"--tools: {file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(
+            f"--tools: {file}: {error}; a JSON list of functions is expected: "
+            '[{"name": "...", "description": "...", "parameters": {...}}]'
+        ) from None
 
 
 def default_target(overrides: Sequence[str]) -> str:
@@ -113,21 +124,26 @@ def default_target(overrides: Sequence[str]) -> str:
 
 
 class Talk:
-    """A model in conversation: what is said, how it is sampled, the terminal it is shown on."""
+    """A model in conversation: what is said, how it is sampled, the terminal it is shown on.
+
+    Attributes:
+        quiet: whether stdout has the answer alone, and nothing is said about one that is whole.
+        result: asks for the result of a call; None if there is none.
+    """
 
     def __init__(
         self, target: opening.Target, conversation: Conversation, compare: bool, quiet: bool
     ) -> None:
-        """Take the model to answer with; `quiet` says nothing about an answer that is whole."""
+        """Take the model to answer with."""
         if compare and target.adapter is None:
             raise UserError(
-                f"--compare: {target.base.name} is a base, without an adapter to compare it with; "
-                "name a run (etude train makes one): etude chat runs/NAME --compare"
+                f"--compare: {target.base.name} is a base; name a run: etude chat runs/NAME --compare"
             )
         # Unmerged, the adapter can be switched off.
         network = target.with_adapter() if compare else target.tuned()
         self.model, self.conversation, self.quiet = Model(target, network), conversation, quiet
         self.compare, self.settings = compare, target.config.generation
+        self.result: Callable[[str], str | None] = piped_line
 
     def ask(self, text: str) -> Response:
         """Ask and show the answer."""
@@ -137,21 +153,19 @@ class Talk:
     def retry(self) -> None:
         """Ask the last question again; its former answer comes back if there is no new one."""
         former = self.conversation.take_answer()
-        if former is not None and (
-            self.settings.temperature == 0 or self.settings.seed is not None
-        ):
-            say("Without a temperature, or with a seed, the same answer comes again: see /set.")
         try:
             self.answer()
         finally:
-            if former is not None and self.conversation.pending:
-                self.conversation.answer(former)
+            if former and self.conversation.pending:
+                self.conversation.take_answer()
+                self.conversation.messages += former
                 say("The former answer stays in the conversation.")
 
     def answer(self) -> Response:
         """Answer the pending question on stdout; if comparing, with the base first.
 
-        The conversation goes on with the tuned answer, even one cut short.
+        The conversation goes on with the tuned answer, even one cut short. A call is shown, and its
+        result asked for, until the model answers in words.
 
         Raises:
             KeyboardInterrupt: stopped before there was anything to keep.
@@ -160,56 +174,50 @@ class Talk:
         if self.compare:
             console.out.print("base:", style="bold")
             with self.model.network.disable_adapter():
-                base = self._write()
-            if base.interrupted:
-                raise KeyboardInterrupt
+                if self._write().interrupted:
+                    raise KeyboardInterrupt
             console.out.print("\ntuned:", style="bold")
-        response = self._write()
-        if response.interrupted and not response.text:
-            raise KeyboardInterrupt
-        self.conversation.answer(response.text)
+        while True:
+            response = self._write()
+            if response.interrupted and (response.calls or not response.text):
+                raise KeyboardInterrupt
+            self.conversation.answer(response.message)
+            for call in response.calls:
+                result = self.result(f"{call['function']['name']}> ")
+                if result is None and self.quiet:  # the calls are the answer
+                    print("\n".join(map(shown, response.calls)), flush=True)
+                    return response
+                if result is None:
+                    raise KeyboardInterrupt
+                self.conversation.give(call, result)
+            if not response.calls:
+                break
         if response.interrupted and not self.quiet:
             say("What is above stays in the conversation; /undo drops it, /retry asks again.")
         return response
 
     def _write(self) -> Response:
-        started = time.perf_counter()
-        response, dropped = self.model.respond(self.conversation.sent(), self.settings, Writer())
-        speed = response.tokens / (time.perf_counter() - started)
-        print(flush=True)
+        started, writer = time.perf_counter(), Writer(self.quiet)
+        response, dropped = self.model.respond(self.conversation.sent(), self.settings, writer)
+        seconds = time.perf_counter() - started
+        writer.end()
+        for call in response.calls:
+            say(shown(call), style="bold")
         if dropped:
             say(f"The window is full; turns at the beginning that were not sent: {dropped}")
-        status = f"{response.tokens:,} token{'s'[: response.tokens != 1]}, {speed:.1f} tokens/s"
+        status = f"{response.tokens:,} token{'s'[: response.tokens != 1]}"
+        if response.reasoning:
+            tokenizer = self.model.target.base.tokenizer
+            status += f", {len(tokenizer.tokenize(response.reasoning)):,} of them reasoning"
+        status += f", {response.tokens / seconds:.1f} tokens/s"
         if response.interrupted:
             status += "; stopped by Ctrl-C"
         elif not response.finished:
             status += f"; stopped at max_new_tokens {self.settings.max_new_tokens:,}"
-        if not (self.quiet and response.finished):
+        status += "; a call that cannot be read" * response.malformed
+        if not (self.quiet and response.finished and not response.malformed):
             say(status)
         return response
-
-
-class Writer:
-    """Shows an answer piece by piece: no control characters, no white space around it."""
-
-    def __init__(self) -> None:
-        self._held, self._begun = "", False
-
-    def __call__(self, piece: str) -> None:
-        """Write `piece`, but for white space that nothing has followed yet."""
-        text = self._held + console.printable(piece)
-        text = text if self._begun else text.lstrip()
-        visible = text.rstrip()
-        self._begun, self._held = self._begun or bool(visible), text[len(visible) :]
-        print(visible, end="", flush=True)
-
-
-def say(text: str, style: str = "dim") -> None:
-    """A notice to the person, on stderr."""
-    console.err.print(console.printable(text), style=style, markup=False)
-
-
-# --- the conversation in a terminal ----------------------------------------------------------
 
 
 def interactive(talk: Talk) -> None:
@@ -218,22 +226,17 @@ def interactive(talk: Talk) -> None:
     name = f"{target.adapter} on {target.base.name}" if target.adapter else target.base.name
     say(f"{name}, {target.base.device.name}. /help lists the commands, Ctrl-D leaves.")
     if target.config.dataset.labels:
-        asked = target.adapter or target.base.name
-        say(
-            f"This run classifies: {command('etude', 'evaluate', asked, '--text', 'TEXT')} asks as "
-            "in training."
-        )
-    if talk.compare:
-        say("Each question goes to base and tuned; the conversation goes on with tuned's answers.")
-    session = prompt_session()
+        asking = command("etude", "evaluate", target.adapter or target.base.name, "--text", "TEXT")
+        say(f"This run classifies: {asking} asks as in training.")
+    session = prompt_session(COMMANDS)
+    talk.result = lambda question: typed_line(session, question)
     while True:
         try:
-            line = session.prompt([("bold", "> ")]).rstrip()
+            line = typed_line(session, "> ")
         except KeyboardInterrupt:
-            if not session.default_buffer.text:
-                say("Ctrl-D or /exit leaves.")
+            say("Ctrl-D or /exit leaves.")
             continue
-        except EOFError:
+        if line is None:
             return
         try:
             if line and handle(talk, line):
@@ -249,48 +252,6 @@ def interactive(talk: Talk) -> None:
             continue
         if talk.conversation.pending:
             say("The question is kept: /retry asks it again, a new one takes its place.")
-
-
-def prompt_session() -> "PromptSession[str]":
-    """The line editor: history on disk, several lines, commands completed by Tab."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.current_line_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-            return
-        # Bytes that are no UTF-8 come in as lone surrogates, which neither file nor model takes.
-        buffer.text = buffer.text.encode(errors="replace").decode()
-        buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    history: History
-    file = gguf.cache_folder() / "history"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        history = FileHistory(file)
-    except OSError:  # a read-only home: the arrow keys still work within this chat
-        history = InMemoryHistory()
-    return PromptSession(
-        history=history,
-        key_bindings=keys,
-        multiline=True,
-        prompt_continuation="  ",
-        completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
-        complete_while_typing=False,
-    )
 
 
 def handle(talk: Talk, line: str) -> bool:
@@ -317,7 +278,6 @@ def handle(talk: Talk, line: str) -> bool:
         case "system":
             if rest:
                 conversation.system = None if rest == "-" else rest
-                say("From the next answer on:")
             say(f"system prompt: {system_prompt(talk)}")
         case "set":
             key, value = (*re.split(r"[\s=]+", rest, maxsplit=1), "")[:2]
@@ -329,7 +289,7 @@ def handle(talk: Talk, line: str) -> bool:
             save(conversation, expanded(rest))
             say(f"Saved to {rest}")
         case "load":
-            talk.conversation = load(expanded(rest))
+            talk.conversation = loaded(expanded(rest), conversation.tools)
             say(f"{len(talk.conversation.messages)} messages; system prompt: {system_prompt(talk)}")
         case "exit" | "quit":
             return True
@@ -338,6 +298,18 @@ def handle(talk: Talk, line: str) -> bool:
             hint = f"did you mean /{guess}?" if guess else "/help lists them;"
             raise UserError(f"/{name}: no such command; {hint} // begins a message with a slash")
     return False
+
+
+def loaded(path: Path, tools: list[dict[str, Any]]) -> Conversation:
+    """A saved conversation, its tools and calls checked; `tools` are offered where it has none."""
+    conversation = load(path)
+    try:
+        conversation.tools = tools_of(conversation.tools) if conversation.tools else tools
+        for message in conversation.messages:
+            calls_of(message.get("tool_calls", []), f"{message['role']}: ")
+    except ValueError as error:
+        raise UserError(f"{path}: not a saved conversation: {error}") from None
+    return conversation
 
 
 def changed(settings: Generation, key: str, value: str) -> Generation:
@@ -349,18 +321,16 @@ def changed(settings: Generation, key: str, value: str) -> Generation:
 
 def system_prompt(talk: Talk) -> str:
     """The system prompt in force, for a person to read."""
-    if talk.conversation.system is not None:
-        return talk.conversation.system
-    return talk.model.target.renderer.system_prompt or "(the chat template's own)"
+    own = talk.model.target.renderer.system_prompt or "(the chat template's own)"
+    return own if talk.conversation.system is None else talk.conversation.system
 
 
 def overview(talk: Talk) -> str:
     """What /show prints."""
     target, messages = talk.model.target, talk.conversation.messages
     tokens = len(target.renderer.prompt(talk.conversation.sent())) if messages else 0
-    device = target.base.device
     rows = {
-        "model": f"{target.base.name}, {device.name}, {device.dtype}",
+        "model": f"{target.base.name}, {target.base.device.name}, {target.base.device.dtype}",
         "adapter": target.adapter or "none",
         "system": system_prompt(talk),
         **talk.settings.model_dump(),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from etude import console
-from etude.conversation.renderer import RenderError
+from etude.conversation.encoding import RenderError
 from etude.errors import UserError
 from etude.measure import labels, responses
 from etude.model import Model, read_table

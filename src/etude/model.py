@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from etude.config.schema import Config, Generation
+from etude.conversation.encoding import RenderError
 from etude.conversation.history import Conversation, fit
-from etude.conversation.renderer import Message, RenderError
-from etude.data import dataset
+from etude.conversation.messages import Message
+from etude.data import dataset, splits
 from etude.engine import generation
 from etude.errors import UserError, nearest
 from etude.measure import labels, likelihood, responses
@@ -71,11 +72,11 @@ class Model:
         self,
         messages: Sequence[Message],
         settings: Generation,
-        on_text: Callable[[str], None] | None = None,
+        on_text: Callable[[str, bool], None] | None = None,
     ) -> tuple[generation.Response, int]:
         """The answer to `messages`, and how many turns at the beginning did not fit the window.
 
-        `on_text` gets the answer piece by piece as it is written.
+        `on_text` gets the answer piece by piece as it is written, and whether it is reasoning.
 
         Raises:
             UserError: the last message alone does not fit, or the chat template refuses them.
@@ -86,13 +87,18 @@ class Model:
             ids = renderer.prompt(fitting)
         except RenderError as error:
             raise UserError(f"The chat template refuses this conversation: {error}") from None
-        (response,) = generation.generate(self.network, renderer, [ids], settings, on_text)
+        tools = [fitting[0].get("tools")] if fitting else []
+        (response,) = generation.generate(
+            self.network, renderer, [ids], settings, on_text, tools=tools
+        )
         return response, dropped
 
     def prompt(self, text: str) -> list[Message]:
         """The messages that ask about one text: of a classification, with its instruction."""
-        if self.config.dataset.labels:
-            return dataset.instruct(text, self.config.dataset.labels, self.config.dataset)
+        renderer, settings = self.target.renderer, self.config.dataset
+        if settings.labels:
+            room = dataset.check_labels(renderer, settings.labels)
+            return dataset.question(renderer, text, settings.labels, settings, room)[0]
         return [_user(text)]
 
     def score(self, text: str) -> dict[str, float]:
@@ -159,9 +165,10 @@ class Chat:
             UserError: the text does not fit the window, or a setting that is not allowed.
         """
         self.conversation.ask(text)
-        answer = self.model.generate(self.conversation.sent(), **settings)
-        self.conversation.answer(answer)
-        return answer
+        chosen = sampling(self.model.config.generation, settings)
+        response, _ = self.model.respond(self.conversation.sent(), chosen)
+        self.conversation.answer(response.message)
+        return response.text
 
 
 def sampling(settings: Generation, changes: dict[str, Any]) -> Generation:
@@ -170,6 +177,11 @@ def sampling(settings: Generation, changes: dict[str, Any]) -> Generation:
     Raises:
         UserError: a key that is not there, or a value that is not allowed.
     """
+    if "thinking" in changes:
+        raise UserError(
+            "thinking belongs to the prompts, so it is set when a model is opened: "
+            "generation.thinking=false"
+        )
     try:
         return Generation.model_validate({**settings.model_dump(), **changes})
     except ValidationError as error:
@@ -199,7 +211,7 @@ def read_table(settings: Config, source: str | None) -> dataset.Table:
     # The answer that is measured is the last one that would be trained on.
     rows = [dataclasses.replace(row, messages=row.messages[: row.answer + 1]) for row in table.rows]
     table = dataclasses.replace(table, rows=rows)
-    return dataset.sample(table, settings.evaluation.max_rows, settings.training.seed)
+    return splits.sample(table, settings.evaluation.max_rows, settings.training.seed)
 
 
 def _user(text: str) -> Message:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from etude import console
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.data import dataset
 from etude.distributed import FIRST
 from etude.runs import report

@@ -12,7 +12,7 @@ import typer
 from etude import console, distributed, files, screen
 from etude.config.loading import load_config, preset_names
 from etude.config.schema import Config
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.engine.setup import configure_engine
 from etude.errors import UserError, command
 from etude.models import device, loading, lora
@@ -160,7 +160,7 @@ def read_tables(settings: Config, reporter: Reporter) -> dict[str, dataset.Table
     Raises:
         UserError: data that cannot be used.
     """
-    tables, notices = dataset.read_splits(settings.dataset, settings.training.seed)
+    tables, notices = splits.read_splits(settings.dataset, settings.training.seed)
     for notice in notices:
         reporter.notice(notice)
     return tables

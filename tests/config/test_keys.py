@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from etude import train_with_config
 from etude.config.loading import key_paths, load_config
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.engine import generation
 from etude.engine.setup import configure_engine
 from etude.errors import UserError
@@ -46,6 +46,14 @@ def place(tmp_path_factory):
     (folder / "template.jinja").write_text(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": "hm"} for role in ("user", "assistant") * 2]
+    (folder / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (folder / "thinking.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role =="
+        " 'assistant' %}{{ '<think>\n</think>\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is false %}{{ '<think>\n</think>\n' }}{% endif %}{% endif %}"
     )
     return folder
 
@@ -110,7 +118,7 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         renderer = opening.renderer_for(base(config), config)
         return {
             split: dataset.encode(table, renderer, config.dataset, split).examples
-            for split, table in dataset.read_splits(config.dataset, config.training.seed)[0].items()
+            for split, table in splits.read_splits(config.dataset, config.training.seed)[0].items()
         }
 
     def kept(config):
@@ -153,7 +161,9 @@ def observe(place, tiny_model, sample_tokenizer, monkeypatch):
         )
         monkeypatch.setattr(class_labels, "respond", spy("generate", answers))
         monkeypatch.setattr(class_labels, "check_window", lambda *_: None)
-        result = class_labels.measure_labels(None, None, table, config)
+        result = class_labels.measure_labels(
+            None, opening.renderer_for(base(config), config), table, config
+        )
         return calls, result["intervals"]
 
     def judged(config):
@@ -243,6 +253,11 @@ PROBES = {
     ),
     "dataset.max_length": ("tables", "60", []),
     "dataset.overlength": ("tables", "drop", ["dataset.max_length=15", "dataset.format=text"]),
+    "dataset.train_on": (
+        "tables",
+        "last",
+        ["dataset.train={0}/talk.jsonl", "dataset.validation=null", "dataset.test=null"],
+    ),
     "dataset.max_rows": ("tables", "5", []),
     "training.fp16": ("chosen", "true", ["training.use_cpu=false", "model.dtype=auto"]),
     "training.use_cpu": ("chosen", "false", []),
@@ -260,6 +275,7 @@ PROBES = {
     "generation.top_k": ("sampled", "3", []),
     "generation.repetition_penalty": ("sampled", "1.2", []),
     "generation.seed": ("sampled", "7", []),
+    "generation.thinking": ("tables", "false", ["model.chat_template={0}/thinking.jinja"]),
     "output.dir": ("folder", "{0}/elsewhere", []),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from etude.conversation.calling import call
 from etude.conversation.history import Conversation, fit, load, save
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError
@@ -15,7 +16,17 @@ from etude.errors import UserError
 
 def exchange(conversation, question, answer):
     conversation.ask(question)
-    conversation.answer(answer)
+    conversation.answer({"role": "assistant", "content": answer})
+
+
+def use(conversation, question, *results, answer="Done."):
+    """A question that is answered by a call for each result, and then in words."""
+    conversation.ask(question)
+    calls = [call("look_up", number=at) for at, _ in enumerate(results)]
+    conversation.answer({"role": "assistant", "content": "", "tool_calls": calls})
+    for one, result in zip(calls, results, strict=True):
+        conversation.give(one, result)
+    conversation.answer({"role": "assistant", "content": answer})
 
 
 # --- the state -------------------------------------------------------------------------------
@@ -27,20 +38,67 @@ def test_conversation_takes_turns():
     conversation.ask("lost")
     conversation.ask("One?")
     assert conversation.pending and len(conversation.messages) == 1
-    conversation.answer("1")
+    conversation.answer({"role": "assistant", "content": "1"})
     exchange(conversation, "Two?", "2")
     assert [m["role"] for m in conversation.sent()] == ["system", *["user", "assistant"] * 2]
-    assert conversation.take_answer() == "2" and conversation.pending
-    assert conversation.take_answer() is None
+    assert conversation.take_answer()[0]["content"] == "2" and conversation.pending
+    assert conversation.take_answer() == []
     assert conversation.undo() == "Two?"
     assert conversation.undo() == "One?"
     with pytest.raises(UserError, match="Nothing was asked"):
         conversation.undo()
 
 
+def test_a_call_and_its_result_belong_to_their_question():
+    conversation = Conversation()
+    use(conversation, "One?", "1", "2")
+    use(conversation, "Two?", "3")
+    ids = [m["tool_call_id"] for m in conversation.messages if m["role"] == "tool"]
+    assert ids == ["call00001", "call00002", "call00003"]
+    assert [m["role"] for m in conversation.take_answer()] == ["assistant", "tool", "assistant"]
+    assert conversation.pending and conversation.undo() == "Two?"
+    assert [m["role"] for m in conversation.messages] == [
+        "user", "assistant", "tool", "tool", "assistant",
+    ]  # fmt: skip
+    # One that was called and got no result never got an answer.
+    conversation.ask("Three?")
+    conversation.answer({"role": "assistant", "content": "", "tool_calls": [call("look_up")]})
+    assert conversation.pending
+    conversation.ask("Four?")
+    assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["One?", "Four?"]
+
+
+def test_tools_are_on_the_first_message_that_is_sent():
+    conversation = Conversation(tools=TOOLS)
+    assert conversation.sent() == []
+    conversation.ask("One?")
+    assert conversation.sent()[0] == {"role": "user", "content": "One?", "tools": TOOLS}
+    conversation.system = "Be brief."
+    assert [m.get("tools") for m in conversation.sent()] == [TOOLS, None]
+    assert "tools" not in conversation.messages[0]
+
+
+def test_fit_drops_a_call_with_its_results_and_keeps_the_tools():
+    for system in (None, "Be brief."):
+        conversation = Conversation(system, tools=TOOLS)
+        use(conversation, "One?", "long " * 20, "longer " * 20)
+        use(conversation, "Two?", "3")
+        conversation.ask("Three?")
+        sent = conversation.sent()
+        messages, dropped = fit(Letters(), sent, 120, 20)
+        head = 1 if system else 0
+        assert dropped == 1 and messages[0]["tools"] == TOOLS
+        assert [m["content"] for m in messages[head:]] == ["Two?", "", "3", "Done.", "Three?"]
+        assert not any("tools" in m for m in messages[1:])
+        assert sent == conversation.sent()
+
+
 def test_an_empty_system_prompt_is_one():
     assert Conversation(system="").sent() == [{"role": "system", "content": ""}]
     assert Conversation().sent() == []
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {}}}]
 
 
 class Letters:
@@ -107,6 +165,9 @@ def test_fit_with_the_real_renderer(sample_tokenizer):
 def test_save_and_load_give_the_same_conversation(tmp_path):
     conversation = Conversation("Sois bref.")
     exchange(conversation, "Où ?\n\x1b[31m", "là 🙂")
+    conversation.messages[-1]["reasoning_content"] = "hm"
+    use(conversation, "Où ?", "là", "ici")
+    conversation.tools = TOOLS
     save(conversation, tmp_path / "c.json")
     assert load(tmp_path / "c.json") == conversation
 
@@ -151,6 +212,17 @@ def user(content):
         ({"messages": ["hello"]}, 'message 1: role "user"'),
         ({"messages": [user(1)]}, "message 1"),
         ({"messages": [user("a"), user("b")]}, 'message 2: role "assistant"'),
+        ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, 'role "assistant"'),
+        (
+            {
+                "messages": [
+                    user("a"),
+                    {"role": "assistant", "content": "b", "tool_calls": [1]},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            'role "tool" or "user"',
+        ),
         ({"messages": [{**user("a"), "tool": 1}]}, "message 1"),
         ({"messages": [user("\ud800")]}, "not a saved conversation: .*surrogates not allowed"),
     ],

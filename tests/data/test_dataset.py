@@ -2,20 +2,15 @@ import copy
 import dataclasses
 import json
 import logging
-import random
-import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from data_files import (
     ASKED,
-    MORE,
     PAIR,
     SHAPES,
     TALK,
     TOLD,
-    classified,
     encode,
     labelled,
     pairs,
@@ -27,8 +22,9 @@ from hypothesis import strategies as st
 from etude import screen
 from etude.config.loading import load_config
 from etude.config.schema import Dataset, normal_label
-from etude.conversation.renderer import Example, Renderer
-from etude.data import dataset, formats, report
+from etude.conversation.encoding import Example
+from etude.conversation.renderer import Renderer
+from etude.data import dataset, report
 from etude.errors import UserError
 from etude.measure import likelihood, responses
 from etude.model import read_table
@@ -99,7 +95,7 @@ def test_no_two_classes_render_the_same(write, sample_tokenizer, raw):
         return
     dataset.check_labels(renderer, table.labels)
     rendered = {
-        tuple(renderer.render([TALK[0], {"role": "assistant", "content": label}]).ids)
+        tuple(renderer.answer([TALK[0], {"role": "assistant", "content": label}]).ids)
         for label in table.labels
     }
     assert len(rendered) == len(table.labels)
@@ -126,10 +122,10 @@ FLAWED = {
     "prompt_completion": (
         [{"prompt": "a", "completion": "b"}], {"prompt": "a", "completion": " "}, "completion is empty",
     ),
-    "messages": ([{"messages": PAIR}], {"messages": PAIR[:1]}, "the last turn must be the assistant's"),
+    "messages": ([{"messages": PAIR}], {"messages": PAIR[:1]}, "no turn of the assistant"),
     "alpaca": ([{"instruction": "a", "output": "b"}], {"instruction": "a", "output": None}, "no 'output'"),
     "classification": (labelled("a", "b"), {"text": "c", "label": ""}, "label is empty"),
-    "tools": ([{"messages": PAIR}], {"messages": PAIR, "tools": ["f"]}, "'tools' is filled"),
+    "tools": ([{"messages": PAIR}], {"messages": PAIR, "tools": ["f"]}, "tools, 1: must be an object"),
 }  # fmt: skip
 
 
@@ -139,7 +135,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write, renderer, good, bad, fa
     line = len(good) + 1
     message = refusal(source)
     assert f"x.jsonl:{line}: " in message and fault in message
-    assert "dataset.on_bad_row: skip" in message or "tools" in bad
+    assert "dataset.on_bad_row: skip" in message
 
     table = dataset.read(source, Dataset(on_bad_row="skip"))
     examples, fates = encode(table, renderer)
@@ -184,9 +180,12 @@ def test_unknown_label_by_line(write):
 
 
 def test_rows_that_the_template_refuses_are_dropped_by_line(write, sample_tokenizer):
-    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    no_system = (
+        "{% if messages[-1].content == 'Boom?' %}{{ raise_exception('no system') }}{% endif %}"
+    )
     renderer = Renderer(sample_tokenizer, no_system + sample_tokenizer.chat_template)
-    rows = [{"messages": PAIR}, {"messages": MORE}, {"messages": PAIR[:1] + PAIR[:1] + PAIR[1:]}]
+    boom = [{"role": "user", "content": "Boom?"}, PAIR[1]]
+    rows = [{"messages": PAIR}, {"messages": boom}, {"messages": PAIR[:1] + PAIR[:1] + PAIR[1:]}]
     _, fates = encode(dataset.read(write("rows.jsonl", rows), Dataset()), renderer)
     assert fates.kept == 2
     [(reason, lines)] = fates.dropped.items()
@@ -205,7 +204,7 @@ def test_drop_mode_drops_what_is_too_long(write, renderer):
     table = dataset.read(write("rows.jsonl", pairs("a", "long " * 60)), Dataset())
     examples, fates = encode(table, renderer, max_length=64, overlength="drop")
     assert fates.dropped == {"longer than max_length 64": [2]} and fates.noted == {}
-    assert [example.ids for example in examples] == [renderer.render(table.rows[0].messages).ids]
+    assert [example.ids for example in examples] == [renderer.answer(table.rows[0].messages).ids]
     assert examples[0].origin == "rows.jsonl:1"
 
 
@@ -242,12 +241,12 @@ def test_truncation_in_real_ids(write, renderer, sample_tokenizer):
             "messages": [
                 *PAIR,
                 {"role": "user", "content": "And?"},
-                {"role": "assistant", "content": "one two three four"},
+                {"role": "assistant", "content": "one two three four five"},
             ]
         }
     ]
     table = dataset.read(write("rows.jsonl", rows), Dataset())
-    whole = renderer.render(table.rows[0].messages)
+    (whole,) = renderer.render(table.rows[0].messages)
 
     [cut], fates = encode(table, renderer, max_length=len(whole) - 3)
 
@@ -295,7 +294,7 @@ def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
     examples, fates = encode(table, renderer, max_length=16)
     for line, text in enumerate(texts, 1):
         parts = [example for example in examples if example.origin == f"rows.jsonl:{line}"]
-        whole = renderer.text(text)
+        whole = renderer.encoder.raw(text)
         assert [part.part for part in parts] == list(range(len(parts)))
         assert [one for part in parts for one in part.ids[part.part > 0 :]] == whole.ids
         assert sum(sum(part.supervised) for part in parts) == len(whole) - 1
@@ -306,7 +305,7 @@ def test_raw_text_is_split_and_nothing_is_lost(write, renderer):
     assert fates.notices() == ["train: 2 of 3 rows split into several examples: lines 1, 3"]
     # Long enough: as it was.
     [*plain], fates = encode(table, renderer, max_length=512)
-    assert [example.ids for example in plain] == [renderer.text(text).ids for text in texts]
+    assert [example.ids for example in plain] == [renderer.encoder.raw(text).ids for text in texts]
     assert fates.notices() == []
 
 
@@ -320,9 +319,9 @@ def test_an_evaluation_measures_every_token_and_rows_stay_rows(write, tiny_model
     settings = load_config(None, (), ["dataset.max_length=16"])
     result = responses.measure_responses(model, renderer, table, settings)
     assert result["rows"] == len(result["losses"]) == 3 and result["tokens_lost"] == 0
-    assert result["tokens"] == sum(len(renderer.text(text)) - 1 for text in texts)
+    assert result["tokens"] == sum(len(renderer.encoder.raw(text)) - 1 for text in texts)
     # A row that is not split has the loss of its text alone.
-    ids = torch.tensor([renderer.text("short").ids])
+    ids = torch.tensor([renderer.encoder.raw("short").ids])
     with torch.inference_mode():
         alone = model(input_ids=ids, labels=ids).loss.item()
     assert result["losses"][1] == pytest.approx(alone, rel=1e-4)
@@ -357,10 +356,10 @@ def test_control_tokens_in_a_row_stay_text(write, renderer, sample_tokenizer, sh
 
 
 def test_spans_show_what_is_supervised(renderer, sample_tokenizer):
-    shown = list(dataset.spans(renderer.render(PAIR), sample_tokenizer))
+    shown = list(dataset.spans(renderer.answer(PAIR), sample_tokenizer))
     assert [text for text, counts, _ in shown if counts] == [TOLD, "<|im_end|>"]
     assert {text for text, _, control in shown if control} == {"<|im_start|>", "<|im_end|>"}
-    assert "".join(text for text, *_ in shown).endswith(f"assistant\n{TOLD}<|im_end|>\n")
+    assert "".join(text for text, *_ in shown).endswith(f"assistant\n{TOLD}<|im_end|>")
 
 
 def test_spans_keep_the_spaces_of_sentencepiece():
@@ -369,9 +368,9 @@ def test_spans_keep_the_spaces_of_sentencepiece():
     for scheme in ("first", "always", "prepend"):
         tokenizer = sentencepiece(scheme, LLAMA2)
         pair = [{"role": "user", "content": "Two  on"}, {"role": "assistant", "content": "on Two"}]
-        shown = list(dataset.spans(Renderer(tokenizer).render(pair), tokenizer))
+        shown = list(dataset.spans(Renderer(tokenizer).answer(pair), tokenizer))
         text = "".join(text for text, *_ in shown)
-        assert text == tokenizer.decode(Renderer(tokenizer).render(pair).ids)
+        assert text == tokenizer.decode(Renderer(tokenizer).answer(pair).ids)
         assert text.endswith(" on [/INST] on Two </s>")
         assert ("</s>", True, True) in shown
 
@@ -435,7 +434,9 @@ def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
     )
     assert examples[0].ids == sample_tokenizer(CHAT).input_ids
     assert (examples[0].ids.count(1), examples[0].ids.count(2)) == (2, 2)
-    assert examples[1] == dataclasses.replace(renderer.text("plain"), origin=examples[1].origin)
+    assert examples[1] == dataclasses.replace(
+        renderer.encoder.raw("plain"), origin=examples[1].origin
+    )
     assert fates.notices() == []
     from test_renderer import sentencepiece
     from tokenizers.processors import TemplateProcessing
@@ -445,7 +446,7 @@ def test_parsed_control_tokens_are_the_tokens_and_none_is_doubled(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     for text in ("<s>Two</s>", "Two", "<s>Two", "Two</s>\n"):
-        ids = Renderer(llama).text(text, parse=True).ids
+        ids = Renderer(llama).encoder.raw(text, parse=True).ids
         assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 1), text
 
 
@@ -470,155 +471,6 @@ def test_an_answer_that_ends_with_a_typed_end_token_is_reported(write, renderer)
 
 def test_printed_examples_show_the_supervised_part(renderer, sample_tokenizer, capsys):
     pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    screen.show_example(1, renderer.render(pair), sample_tokenizer)
+    screen.show_example(1, renderer.answer(pair), sample_tokenizer)
     shown = capsys.readouterr().out
     assert "user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>⟧" in shown
-
-
-@pytest.fixture
-def table(write):
-    return dataset.read(write("rows.jsonl", pairs(*map(str, [*range(50), *range(10)]))), Dataset())
-
-
-def test_split_is_disjoint_complete_and_stable(table):
-    train, held = dataset.split_rows(table, 0.2, seed=1)
-
-    assert sorted(row.line for row in train.rows + held.rows) == list(range(1, 61))
-    assert not {row.key for row in train.rows} & {row.key for row in held.rows}
-    assert len({row.key for row in held.rows}) == 10
-    assert [row.line for row in train.rows] == sorted(row.line for row in train.rows)
-    assert dataset.split_rows(table, 0.2, seed=1) == (train, held)
-    assert dataset.split_rows(table, 0.2, seed=2) != (train, held)
-    assert dataset.overlap(train, held, "validation") is None
-
-
-def test_no_split_where_nothing_would_be_held(table):
-    assert dataset.split_rows(table, 0.0, seed=1) == (table, None)
-    lonely = dataclasses.replace(table, rows=table.rows[:1])
-    assert dataset.split_rows(lonely, 0.5, seed=1) == (lonely, None)
-
-
-def test_few_rows_still_get_a_validation_of_one(table):
-    few = dataclasses.replace(table, rows=table.rows[:3])
-    for share in (0.001, 0.99):
-        train, validation = dataset.split_rows(few, share, seed=1)
-        assert train.rows and validation.rows
-        assert len(train.rows) + len(validation.rows) == 3
-
-
-def test_sample_draws_by_seed_in_order(table):
-    some = dataset.sample(table, 10, seed=3)
-    assert len(some.rows) == 10 and some == dataset.sample(table, 10, seed=3)
-    assert some != dataset.sample(table, 10, seed=4)
-    assert [row.line for row in some.rows] == sorted(row.line for row in some.rows)
-    assert some.drawn == f"10 of {len(table.rows)} rows" and not table.drawn
-    assert (
-        dataset.sample(table, None, seed=3) is table and dataset.sample(table, 99, seed=3) is table
-    )
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(
-    rows=st.lists(
-        st.tuples(st.integers(0, 25), st.sampled_from("abcdef")), min_size=2, max_size=60
-    ),
-    share=st.floats(0.01, 0.9),
-    seed=st.integers(0, 5),
-)
-def test_the_cut_of_a_classification_leaves_every_class_a_row_to_train_on(rows, share, seed):
-    made = [formats.Row(n, [], f"text {text}", label) for n, (text, label) in enumerate(rows, 1)]
-    table = dataset.Table("x", "classification", made, "", sorted({label for _, label in rows}))
-    train, held = dataset.split_rows(table, share, seed)
-    cut = held.rows if held else []
-    assert sorted([*train.rows, *cut], key=lambda row: row.line) == made
-    assert not {row.text for row in train.rows} & {row.text for row in cut}
-    assert {row.label for row in train.rows} == {row.label for row in made}
-    assert len({row.text for row in cut}) <= max(1, round(len({text for text, _ in rows}) * share))
-    assert dataset.split_rows(table, share, seed) == (train, held)
-
-
-def test_a_cut_is_stratified_and_a_class_of_one_row_stays():
-    table = classified(
-        *((f"t{n}", "often" if n % 10 else "seldom") for n in range(200)), ("one", "once")
-    )
-    train, held = dataset.split_rows(table, 0.1, seed=1)
-    assert Counter(row.label for row in held.rows) == {"often": 18, "seldom": 2}
-    assert sum(row.label == "once" for row in train.rows) == 1
-    # Every class of one row: nothing can be cut.
-    alone = classified(("a", "x"), ("b", "y"), ("c", "z"))
-    assert dataset.split_rows(alone, 0.5, seed=1) == (alone, None)
-    # Without classes the draw is what it was.
-    texts = [formats.Row(n, [], f"t{n}") for n in range(10)]
-    _, held = dataset.split_rows(dataset.Table("x", "text", texts, ""), 0.3, seed=1)
-    assert {r.line for r in held.rows} == set(random.Random(1).sample(range(10), 3))
-
-
-@pytest.mark.parametrize(("most", "share", "held"), [(50, 0.1, 5), (20, 0.5, 10), (None, 0.1, 40)])
-def test_validation_is_cut_from_the_rows_drawn(write, most, share, held):
-    source = write("rows.jsonl", pairs(*map(str, range(400))))
-    drawn = load_config(None, (), [f"dataset.train={source}", f"dataset.validation_split={share}"])
-    some = drawn.dataset.model_copy(update={"max_rows": most})
-    tables = dataset.read_splits(some, drawn.training.seed)[0]
-    assert len(tables["validation"].rows) == held
-    assert len(tables["train"].rows) == (most or 400) - held
-    lines = [row.line for table in tables.values() for row in table.rows]
-    assert len(set(lines)) == (most or 400)
-    assert {table.drawn for table in tables.values()} == {f"{most} of 400 rows" if most else ""}
-
-
-def test_a_validation_of_its_own_stays_whole(write):
-    train, other = write("a.jsonl", pairs(*"abcdefgh")), write("b.jsonl", pairs(*"ijklm"))
-    settings = Dataset(train=str(train), validation=str(other), max_rows=3)
-    tables, _ = dataset.read_splits(settings, 42)
-    assert [len(table.rows) for table in tables.values()] == [3, 5]
-
-
-def test_overlap_is_reported_with_its_lines(write, table):
-    other = dataset.read(write("test.jsonl", pairs("new", "3", "7")), Dataset())
-    assert dataset.overlap(table, other, "test") == (
-        "test: 2 of 3 rows are in train too, so its figures flatter: lines 2, 3"
-    )
-
-
-@pytest.fixture(scope="module")
-def bundled():
-    """The tables of data/README.md's files, by name, with the rows and the sum that it tells."""
-    told = re.findall(
-        r"\| `([\w.]+\.jsonl)` \| ([\d,]+) \| `(\w{64})` \|", (DATA / "README.md").read_text()
-    )
-    assert len(told) == 6 == len(list(DATA.glob("*.jsonl")))
-    return {
-        name: (dataset.read(str(DATA / name), Dataset()), int(rows.replace(",", "")), digest)
-        for name, rows, digest in told
-    }
-
-
-def test_bundled_data_is_what_its_page_says(bundled):
-    for name, (table, rows, digest) in bundled.items():
-        assert len(table.rows) == rows == len({row.key for row in table.rows}), name
-        assert table.fingerprint == digest
-        assert table.format == (
-            "classification" if name.startswith("tweets") else "prompt_completion"
-        )
-
-
-def test_label_counts_are_those_of_the_page(bundled):
-    page = (DATA / "README.md").read_text()
-    lines = re.findall(
-        r"\| (positive|negative|neutral) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", page
-    )
-    assert len(lines) == 3
-    for label, *told in lines:
-        for split, count in zip(("train", "validation", "test"), told, strict=True):
-            rows = bundled[f"tweets_sentiment.{split}.jsonl"][0].rows
-            assert sum(row.label == label for row in rows) == int(count.replace(",", ""))
-
-
-@pytest.mark.parametrize("name", ["tweets_sentiment", "devils_dictionary"])
-def test_splits_of_the_bundled_data_do_not_overlap(bundled, name):
-    train, validation, test = (
-        bundled[f"{name}.{split}.jsonl"][0] for split in ("train", "validation", "test")
-    )
-    assert dataset.overlap(train, validation, "v") is dataset.overlap(train, test, "t") is None
-    assert dataset.overlap(validation, test, "t") is None
-    assert dataset.overlap(train, train, "t") is not None

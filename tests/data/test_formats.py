@@ -184,21 +184,21 @@ def test_no_file_with_a_label_or_an_answer_becomes_raw_text(write, label, others
 
 
 MEANS = {
-    "tools": ({"messages": PAIR, "tools": [{"name": "f"}]}, "'tools' is filled: calls of tools"),
+    "tools": ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "'tools' is filled: calls of tools"),
     "functions": ({"prompt": "a", "completion": "b", "Functions": "f()"}, "'Functions' is filled: calls"),
     "tool-calls": (
         {"messages": [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-        "messages, turn 2: 'tool_calls' is filled: calls of tools",
+        "messages, turn 2: a call must be an object with a function's name",
     ),
     "tool-role": (
         {"messages": [PAIR[0], {"role": "tool", "content": "4"}, PAIR[1]]},
-        "turn 2: role 'tool' is not one of system, user, assistant, human, gpt; calls of tools",
+        "message 2: a tool's result without a call before it",
     ),
     "reasoning": (
-        {"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]},
-        "turn 2: 'reasoning_content' is filled: reasoning beside the answer",
+        {"messages": [{**PAIR[0], "reasoning_content": "Hm."}, PAIR[1]]},
+        "turn 1: 'reasoning_content' is filled: reasoning is read from",
     ),
-    "thinking": ({"prompt": "a", "completion": "b", "thinking": "c"}, "'thinking' is filled: reasoning"),
+    "thinking": ({"prompt": "a", "completion": "b", "thinking": "c"}, "'thinking' is filled: reasoning is read from"),
     "history": (
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
         "'history' is filled: earlier turns are read only as messages",
@@ -227,7 +227,7 @@ MEANS = {
     ),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, PAIR[1]]},
-        "turn 1, content has 2 parts (text, image_url), and only text",
+        "turn 1: content has a part of type image_url, and only text",
     ),
 }  # fmt: skip
 
@@ -302,7 +302,7 @@ def test_weight_and_train_are_in_the_mask(write, renderer, sample_tokenizer, sha
 
     [example], fates = encode(table, renderer)
 
-    whole = renderer.render(TALK)
+    (whole,) = renderer.render(TALK)
     assert example.ids == whole.ids and table.unused == {}
     ends = "".join(f"{TALK[at]['content']}<|im_end|>" for at in learnt)
     assert (

@@ -87,7 +87,7 @@ BROKEN = {
     ),
     "role": (
         "a.jsonl", TURNS % ("user", "assistant") + TURNS % ("user", "bot"),
-        "a.jsonl:2: messages, turn 2: role 'bot' is not one of system, user, assistant",
+        "a.jsonl:2: messages, turn 2: role 'bot' is not one of system, developer, user",
     ),
     "odd-role": (
         "a.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}\n',
@@ -96,12 +96,12 @@ BROKEN = {
     "odd-turn": ("a.jsonl", '{"messages": ["hi"]}\n', "a.jsonl:1: messages, turn 1: must be an object"),
     "no-turns": ("a.jsonl", '{"messages": []}\n', "a.jsonl:1: messages must be a list of turns"),
     "last-turn": (
-        "a.jsonl", TURNS % ("assistant", "user"),
-        "a.jsonl:1: messages: the last turn must be the assistant's",
+        "a.jsonl", TURNS % ("system", "user"),
+        "a.jsonl:1: messages has no turn of the assistant, which is what is learnt",
     ),
     "sharegpt": (
         "a.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}\n',
-        "a.jsonl:1: conversations, turn 1: from 'tool' is not one of system, user, assistant, human, gpt",
+        "a.jsonl:1: message 1: a tool's result without a call before it",
     ),
     "utf8": ("a.jsonl", GOOD.encode() * 2 + b'{"prompt": "\xe9"}\n', "a.jsonl:3: not UTF-8 text (byte 0xe9)"),
     "empty": ("a.jsonl", "", "a.jsonl: no rows in it"),

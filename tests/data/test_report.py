@@ -4,13 +4,13 @@ import pytest
 from data_files import GOOD, classified, encode, pairs, refusal
 
 from etude.config.schema import Dataset
-from etude.data import dataset, formats, report
+from etude.data import dataset, formats, report, splits
 
 
 def test_skipped_rows_are_at_most_a_screen_and_count_once(write, renderer):
     rows = [*pairs(*"abcdefghij"), *({"prompt": n, "completion": "x"} for n in range(25))]
     table = dataset.read(write("x.jsonl", rows), Dataset(on_bad_row="skip"))
-    train, validation = dataset.split_rows(table, 0.3, seed=1)
+    train, validation = splits.split_rows(table, 0.3, seed=1)
     _, fates = encode(train, renderer)
     assert fates.rows - fates.kept == 25 and validation.dropped == {}
     assert len(fates.notices()) == report.SHOWN + 1
@@ -43,7 +43,7 @@ def test_report_counts_every_row_with_its_line(write, renderer):
     assert fates.tokens == sum(map(len, examples))
     assert fates.supervised == sum(sum(example.supervised) for example in examples)
     assert fates.longest == 64 == len(examples[3])
-    whole = sum(len(renderer.render(row.messages)) for row in table.rows)
+    whole = sum(len(renderer.answer(row.messages)) for row in table.rows)
     assert fates.lost == whole - fates.tokens
     assert fates.notices() == [
         "train: 1 of 5 rows dropped (no supervised token within max_length 64): line 5",
@@ -71,7 +71,7 @@ def test_lost_tokens_are_counted(write, renderer, overlength):
     rows[1]["prompt"] = "short"
     table = dataset.read(write("rows.jsonl", rows), Dataset())
     examples, fates = encode(table, renderer, max_length=64, overlength=overlength)
-    whole = sum(len(renderer.render(row.messages)) for row in table.rows)
+    whole = sum(len(renderer.answer(row.messages)) for row in table.rows)
     assert fates.lost == whole - sum(map(len, examples)) > 0
     assert fates.notices()[-1].startswith(f"train: {fates.lost} tokens lost beyond max_length (")
 
@@ -87,7 +87,7 @@ def test_classes_with_one_row_or_none_are_reported(renderer):
     ]
     # A row that is dropped for its length teaches nothing either; a held-out split needs no word.
     long = classified(("a", "x"), ("b", "x"), ("so " * 600, "y"), ("d", "z"), ("e", "z"))
-    fates = dataset.encode(long, renderer, Dataset(), "train").report
+    fates = dataset.encode(long, renderer, Dataset(overlength="drop"), "train").report
     assert "train: no row to learn the label 'y' from" in fates.notices()
     fates = dataset.encode(table, renderer, Dataset(), "validation").report
     assert not any("to learn" in notice for notice in fates.notices())
@@ -102,7 +102,7 @@ def test_one_text_with_two_labels_is_a_contradiction(renderer):
         "line 1; one of each pair is wrong" in fates.notices()
     )
     other = classified(("c", "y"), ("new", "x"), ("b", "y"), ("b", "x"))
-    assert dataset.overlap(table, other, "test") == (
+    assert splits.overlap(table, other, "test") == (
         "test: 1 of 4 rows are in train too, so its figures flatter: line 3; test: 2 of 4 rows have "
         "the text of another row and another label: line 1 contradicts train's line 6, line 4 "
         "contradicts train's line 2; one of each pair is wrong"

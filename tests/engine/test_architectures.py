@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from etude.config.schema import Lora
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine.packing import pack, pad, sum_by_example, token_losses, why_not_packed
 from etude.models import lora
 

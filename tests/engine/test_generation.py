@@ -71,10 +71,15 @@ def test_a_seed_repeats_the_sample_and_another_seed_changes_it(tiny):
     assert sampled(1) != sampled(2)
 
 
+def only_text(pieces):
+    """A listener that keeps the pieces of the answer."""
+    return lambda piece, reasoning: reasoning or pieces.append(piece)
+
+
 def test_the_stream_is_the_text(tiny):
     (prompt,) = prompts_of(tiny, "Hi")
     pieces = []
-    (answer,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY, pieces.append)
+    (answer,) = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY, only_text(pieces))
     assert len(pieces) > 1
     assert "".join(pieces).strip() == answer.text
 
@@ -83,7 +88,7 @@ def test_no_piece_of_a_stream_ends_inside_a_character(sample_tokenizer):
     ids = sample_tokenizer("naïve 🙂 日本語", add_special_tokens=False).input_ids
     assert len(ids) > 8  # the emoji alone is several tokens of bytes
     pieces = []
-    streamer = _Streamer(Renderer(sample_tokenizer), pieces.append)
+    streamer = _Streamer(Renderer(sample_tokenizer), only_text(pieces))
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in ids:
         streamer.put(torch.tensor([token]))
@@ -97,7 +102,7 @@ def test_ctrl_c_keeps_what_was_written_when_streaming_and_leaves_otherwise(tiny)
     whole = generate(tiny.base.model, tiny.renderer, [prompt], GREEDY)[0].text
     seen = []
 
-    def interrupt(piece):
+    def interrupt(piece, reasoning):
         seen.append(piece)
         if len(seen) == 3:
             raise KeyboardInterrupt

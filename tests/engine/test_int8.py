@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from etude.cli import app
 from etude.config.loading import load_config
 from etude.config.schema import Lora
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine import int8, packing
 from etude.engine.int8 import Int8Linear, quantize_asymmetric, quantize_symmetric
 from etude.engine.setup import configure_engine

@@ -1,5 +1,7 @@
+import json
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.config.schema import Dataset
-from etude.conversation.renderer import Example
-from etude.data import dataset
+from etude.conversation.encoding import Example
+from etude.conversation.renderer import Renderer
+from etude.data import dataset, splits
 from etude.engine.packing import (
     SUPERVISED_BUDGET,
     Cutter,
@@ -25,6 +28,7 @@ from etude.engine.packing import (
 from etude.errors import UserError
 
 TWEETS = Path(__file__).parents[2] / "data" / "tweets_sentiment.train.jsonl"
+DICTIONARY = Path(__file__).parents[2] / "data" / "devils_dictionary.train.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +288,7 @@ def test_a_window_shorter_than_the_examples_forbids_packing(model, monkeypatch):
 @pytest.mark.real
 def test_packed_losses_of_real_tweets_on_the_real_model(sample):
     settings = Dataset(max_rows=16)
-    table = dataset.sample(dataset.read(str(TWEETS), settings), 16, seed=0)
+    table = splits.sample(dataset.read(str(TWEETS), settings), 16, seed=0)
     tweets = dataset.encode(table, sample.renderer, settings, "train").examples
     assert len(tweets) == 16
     model = sample.base.model
@@ -316,3 +320,77 @@ def test_a_model_that_ignores_logits_to_keep_is_read_at_the_right_places(tiny_mo
         for batch in pad(examples, 2):
             heard = token_losses(model, batch)
             assert torch.equal(token_losses(Deaf(), batch), heard)
+
+
+# --- one example for each answer -------------------------------------------------------------------
+
+
+def talks(renderer, count, asked, answered, turns=6):
+    """The examples of conversations of `turns` answers, made of the dictionary's rows."""
+    rows = [json.loads(line) for line in DICTIONARY.read_text("utf-8").splitlines()]
+    rows = [row for row in rows if len(row["completion"]) < 400]
+    found = []
+    for at in range(count):
+        chosen = [rows[(at * turns + turn) % len(rows)] for turn in range(turns)]
+        messages = [
+            {"role": role, "content": row[field]}
+            for row in chosen
+            for role, field in (("user", asked), ("assistant", answered))
+        ]
+        found.append(renderer.render(messages))
+    return found
+
+
+def thinking_renderer(tokenizer):
+    """Qwen3's template: each answer is trained after a history without its block of thoughts."""
+    folder = Path(find_spec("trl").origin).parent / "chat_templates"
+    return Renderer(tokenizer, (folder / "qwen3.jinja").read_text())
+
+
+def check_sharing(model, renderer, count, asked="prompt", answered="completion"):
+    """Packed losses are those of the examples one by one; returns the tokens computed, and without sharing.
+
+    Both as a multiple of the tokens of the whole conversation, rendered once.
+    """
+    rows = talks(renderer, count, asked, answered)
+    assert [len(row) for row in rows] == [6] * count
+    together = separate = 0
+    for row in rows:
+        packed = list(pack(row, 8192))
+        with torch.no_grad():
+            ours = sum_by_example(model, iter(packed), 6)
+            plain = sum_by_example(model, pad(row, 1), 6)
+        assert torch.allclose(ours, plain, rtol=1e-5)
+        tree = {tuple(one.ids[:end]) for one in row for end in range(1, len(one) + 1)}
+        assert sum(batch.input_ids.numel() for batch in packed) == len(tree)
+        together += len(tree)
+        separate += sum(map(len, row))
+    once = sum(len(row[-1]) for row in rows)  # a rendering of the whole conversation
+    return together / once, separate / once
+
+
+def test_answers_of_a_conversation_share_their_history(sample_tokenizer):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(sample_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    renderer = thinking_renderer(sample_tokenizer)
+    # An answer is computed twice, after its block of thoughts and as history without it, so what is
+    # left to save depends on how much of a conversation are answers.
+    shared, alone = check_sharing(model, renderer, 20, "completion", "prompt")
+    assert shared < 1.4 and alone > 3
+    shared, alone = check_sharing(model, renderer, 20)
+    assert shared < 1.8 and alone > 3
+
+
+@pytest.mark.real
+def test_answers_share_their_history_on_the_real_model(sample):
+    shared, alone = check_sharing(
+        sample.base.model, thinking_renderer(sample.renderer.tokenizer), 3
+    )
+    assert shared < 1.8 and alone > 3

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from etude.config.schema import Lora
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.models import lora
 
 

@@ -21,7 +21,7 @@ from etude.config.loading import check_config, load_config, to_yaml
 from etude.config.schema import Config, Lora
 from etude.conversation import history
 from etude.conversation.renderer import Renderer
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.errors import Stopped, UserError
 from etude.models import gguf, loading, lora
 from etude.runs import opening, plots, proof
@@ -213,10 +213,10 @@ def finished(tmp_path_factory, sample_tokenizer, rows):
     model = types.SimpleNamespace(config=None)
     base = loading.Base(model, sample_tokenizer, "./x", "sha256:0", place)
     renderer = Renderer(sample_tokenizer)
-    tables = dataset.read_splits(config.dataset, config.training.seed)[0]
-    splits = dataset.encode_splits(tables, renderer, config.dataset)
+    tables = splits.read_splits(config.dataset, config.training.seed)[0]
+    encoded = dataset.encode_splits(tables, renderer, config.dataset)
     results = {"steps": 1, "eval_loss": 1.0, "seconds": 1.0}
-    manifest = make_manifest(config, base, renderer.state(), splits, results)
+    manifest = make_manifest(config, base, renderer.state(), encoded, results)
     loss = {"split": "train", "data": tables["train"].fingerprint, "rows": 2, "value": 1.0}
     expected = {"sha256": "0" * 64, "dtype": "float32", "quantization": None}
     return folder, base, renderer, json.loads(json.dumps(manifest)), {**expected, "loss": loss}
@@ -236,7 +236,7 @@ def readers(finished, monkeypatch):
 
     def run_training(settings, reporter, force, repeated):
         resuming.check_data(
-            repeated, dataset.read_splits(settings.dataset, settings.training.seed)[0]
+            repeated, splits.read_splits(settings.dataset, settings.training.seed)[0]
         )
         lora.check_base("the run", repeated["base"]["identity"], base.identity)
         raise UserError("as far as this")

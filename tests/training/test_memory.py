@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from etude.cli import app
 from etude.config.loading import load_config
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.engine import int8, packing
 from etude.errors import UserError
 from etude.models import device, gguf, loading, lora
@@ -51,9 +51,9 @@ def prepared(tiny_model, files):
         settings = load_config(None, overrides=overrides_for(tiny_model, files, *more))
         outline = loading.outline(settings.model.name)
         renderer = opening.renderer_for(outline, settings)
-        tables = dataset.read_splits(settings.dataset, settings.training.seed)[0]
-        splits = dataset.encode_splits(tables, renderer, settings.dataset)
-        return settings, outline, {name: split.examples for name, split in splits.items()}
+        tables = splits.read_splits(settings.dataset, settings.training.seed)[0]
+        encoded = dataset.encode_splits(tables, renderer, settings.dataset)
+        return settings, outline, {name: split.examples for name, split in encoded.items()}
 
     return prepare
 

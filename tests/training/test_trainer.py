@@ -16,7 +16,7 @@ import transformers
 from etude import distributed
 from etude.config.loading import load_config
 from etude.config.schema import Config
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.engine import packing
 from etude.engine.setup import configure_engine
 from etude.errors import UserError
@@ -62,7 +62,7 @@ def settings_for(tiny_model, folder, *overrides):
 
 def fit(model, settings, place, examples, folder, checkpoint=None):
     """Train `model` as the program does, up to its results."""
-    steps = order.step_count(settings, len(examples["train"]))
+    steps = order.step_count(settings, len(packing.by_row(examples["train"])))
     engine = configure_engine(model, settings, place, examples["train"], steps)
     cutter = memory.rehearse(model, engine.cutter, examples["train"], settings)
     results = trainer.fit(model, settings, place, examples, folder, cutter, checkpoint)
@@ -76,7 +76,7 @@ def fitted(settings, folder, checkpoint=None, prepare=None):
     base = loading.load_base(settings.model.name, place)
     renderer = opening.renderer_for(base, settings)
     examples = {}
-    for split, table in dataset.read_splits(settings.dataset, settings.training.seed)[0].items():
+    for split, table in splits.read_splits(settings.dataset, settings.training.seed)[0].items():
         examples[split] = dataset.encode(table, renderer, settings.dataset, split).examples
     torch.manual_seed(settings.training.seed)
     model = lora.attach(base.model, settings.lora, base.name)
@@ -133,7 +133,7 @@ def test_step_loss_is_transformers_own_over_the_supervised_tokens(tiny_model, fi
     renderer = opening.renderer_for(base, settings)
     total = tokens = 0
     for row in ROWS:
-        example = renderer.render(
+        (example,) = renderer.render(
             [
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["completion"]},
@@ -242,7 +242,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_leaves_the_weights(
         loading.load_base(str(tiny_model), device.choose("float32", True)), settings
     )
     row = dataset.read(settings.dataset.train, settings.dataset).rows[7]
-    poisoned.ids = " ".join(map(str, renderer.render(row.messages).ids))
+    poisoned.ids = " ".join(map(str, renderer.render(row.messages)[0].ids))
     with pytest.raises(UserError) as raised:
         fitted(settings, files / "run", prepare=lambda model: kept.update(model=model))
     step = int(re.search(r"step (\d+): the " + what, str(raised.value))[1])
@@ -514,7 +514,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
     def at(step, rank=0, world=1):
         monkeypatch.setattr(distributed, "RANK", rank)
         monkeypatch.setattr(distributed, "WORLD", world)
-        return list(order.StepSampler(10, 4, 3, lambda: step))
+        return list(order.StepSampler([[row] for row in range(10)], 4, 3, lambda: step))
 
     first = at(0)
     assert sorted(at for step in first for at in step) == list(range(10))
@@ -526,6 +526,41 @@ def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
     for whole, one, other in zip(first, *shares, strict=True):
         assert sorted(one + other) == sorted(whole)
         assert not set(one) & set(other)
+
+
+def test_a_step_learns_from_whole_rows_however_many_examples_they_make(
+    tiny_model, files, monkeypatch
+):
+    # A template that drops earlier answers: two examples for a row of two answers.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if m.role == 'user' or "
+        "loop.last else '') + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (files / "rewrites.jinja").write_text(template)
+    turns = [{"role": role, "content": f"{role} speaks"} for role in ("user", "assistant") * 2]
+    rows = [{"messages": turns[: 2 + 2 * (n % 2)]} for n in range(8)]
+    (files / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings_for(
+        tiny_model, files, f"model.chat_template={files}/rewrites.jinja", "training.batch_size=4",
+        f"dataset.train={files}/talks.jsonl", "dataset.validation=null", "dataset.validation_split=0",
+        "training.gradient_accumulation_steps=1", "training.warmup_steps=0",
+    )  # fmt: skip
+    seen = []
+    original = trainer.StepTrainer.training_step
+
+    def step(self, model, inputs, *rest):
+        seen.append([(one.origin.rpartition(":")[2], one.part) for one in inputs["examples"]])
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", step)
+    _, results, _ = fitted(settings, files / "run")
+    assert results["steps"] == len(seen) == 2
+    assert [len({line for line, _ in step}) for step in seen] == [4, 4]
+    assert sorted(itertools.chain.from_iterable(seen)) == sorted(
+        (str(line), part) for line in range(1, 9) for part in range(2 - line % 2)
+    )
+    assert any(len(step) > 4 for step in seen)
 
 
 def test_warm_up_longer_than_the_training_is_an_error(tiny_model, files):

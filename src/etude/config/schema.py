@@ -114,6 +114,8 @@ class Dataset(Section):
     """tokens an example may have"""
     overlength: Literal["truncate", "drop", "split"] | None = None
     """truncate | drop | split: what happens to longer ones; null splits raw text and truncates the rest"""
+    train_on: Literal["all", "last"] = "all"
+    """all | last: which answers of a conversation are learnt"""
     max_rows: Positive | None = None
     """draw that many rows of train by seed, before the validation is cut; null: all"""
     _home = field_validator("train", "validation", "test")(_with_home)
@@ -220,6 +222,8 @@ class Generation(Section):
     """above 1 discourages repeated tokens"""
     seed: Seed | None = None
     """the same answers each time; null varies"""
+    thinking: bool | Literal["auto"] = "auto"
+    """true | false: the switch of templates that know one (in training too); auto: their default"""
 
 
 class Output(Section):

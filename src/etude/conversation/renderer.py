@@ -3,91 +3,63 @@
 Training, evaluation and chat all come through here; nothing else knows a chat token. Three
 properties hold by construction and are tested token by token:
 
-- A clean conversation gets exactly the ids of the tokenizer's own chat template.
+- An answer is trained in the context in which it will be generated: the template's own prompt over
+  the messages before it, with the ids that the tokenizer gives for that prompt.
 - Text of a message never becomes a control token, whatever it spells.
-- The prompt of a chat is, bit for bit, the beginning of the same conversation in training.
+- What the model would have to write next is supervised, the end token included.
 
-How: the template is rendered to text as always, but control tokens are looked for only in the
-parts that the template wrote. Each stretch of text between two of them is encoded with the
-tokenizer's special tokens switched off, as it is encoded where it stands: SentencePiece puts a
-mark before a text, and not before its later stretches. A stretch is also cut where an answer
-begins, because there the model starts to write and no token may straddle the two.
+How: for each answer the template writes two texts, the prompt and the conversation with the answer
+at its end; what the second has beyond the first is the answer's own text. Where the next prompt
+begins with all of that, both are one example; where the template rewrites an earlier answer (drops
+its reasoning, say), the next answer is an example by itself.
 """
 
 import contextlib
 import datetime
 import hashlib
-import itertools
 import json
 import re
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
+from etude.conversation import calling
+from etude.conversation import messages as forms
+from etude.conversation.encoding import Encoder, Example, RenderError, common
+from etude.conversation.messages import ROLES, Message
 from etude.errors import UserError, first_line
 
-ROLES = ("system", "user", "assistant")
-UNTRAINED = -1  # in place of where an answer's content ends
-REMEMBERED = 64  # characters of a text whose ids are kept
+ANOTHER_WAY = "the template writes the prompt of an answer in another way once it is answered"
+CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "look_up", "arguments": {"place": "Rome"}},
+}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks up a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "description": "the place"}},
+            "required": ["place"],
+        },
+    },
+}
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-class _Packed:
-    """A field of whole numbers: an array, of which each access makes a list."""
-
-    def __init__(self, typecode: str) -> None:
-        self._typecode = typecode
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: object, owner: type) -> list[int]:
-        if instance is None:  # the dataclass asks for a default
-            raise AttributeError(self._name)
-        values: array[int] = vars(instance)[self._name]
-        return values.tolist()
-
-    def __set__(self, instance: object, values: Iterable[int]) -> None:
-        vars(instance)[self._name] = array(self._typecode, values)
-
-
-@dataclass
-class Example:
-    """A conversation as token ids.
-
-    Held in 5 bytes a token, where Python's lists take 36: `ids` and `supervised` are copies, made
-    at each access, so a loop takes them once.
+class Parts(NamedTuple):
+    """What a response is made of.
 
     Attributes:
-        supervised: whether predicting token i counts in the loss.
-        origin: where the row is from, ``file:line``, to name it by.
-        part: which example of its row it is, from 0.
+        text: the answer, without calls.
+        malformed: whether a call has begun that cannot be read; then it is in the text.
     """
 
-    ids: _Packed = _Packed("i")
-    supervised: _Packed = _Packed("b")
-    origin: str = ""
-    part: int = 0
-
-    @property
-    def targets(self) -> int:
-        """How many tokens are supervised."""
-        return sum(vars(self)["supervised"])
-
-    def __len__(self) -> int:
-        return len(vars(self)["ids"])
-
-
-class RenderError(UserError):
-    """A conversation that the template cannot render faithfully; the text says why."""
+    reasoning: str
+    text: str
+    calls: Sequence[dict[str, Any]] = ()
+    malformed: bool = False
 
 
 class Renderer:
@@ -97,8 +69,10 @@ class Renderer:
         template: the Jinja text in use.
         system_prompt: put before conversations that have no system message, or None.
         date: the day that a template which asks for it writes; None for the clock's own.
+        thinking: handed to a template that knows such a switch: true, false, or auto for its default.
         end_of_turn: id of the control token that ends an answer.
-        stop_ids: ids at which generation ends: `end_of_turn` and the tokenizer's own end token.
+        stop_ids: ids at which generation ends: those that end an answer or a call, and the tokenizer's own.
+        lacks: of "system", "reasoning" and "tools", what the template does not know.
     """
 
     def __init__(
@@ -107,11 +81,12 @@ class Renderer:
         template: str | None = None,
         system_prompt: str | None = None,
         date: datetime.date | None = None,
+        thinking: bool | str = "auto",
     ) -> None:
-        """Take the tokenizer's own template unless one is given; check it on a small conversation.
+        """Take the tokenizer's own template unless one is given; check it on small conversations.
 
         Raw text (`text`) needs no template, so one that is missing, or whose ids cannot be
-        reproduced or masked, is an error of the first conversation.
+        reproduced, is an error of the first conversation.
         """
         self.tokenizer = tokenizer
         if template is None:
@@ -119,26 +94,27 @@ class Renderer:
                 template = str(tokenizer.get_chat_template())
         self.template = template
         self.system_prompt = system_prompt
+        self.thinking = thinking
         dated = _dated(template, date) if template and date else template
         # A call with a format that is computed cannot be replaced: then the clock's date stays.
         self.date = date if dated != template and "strftime_now(" not in (dated or "") else None
         self._jinja = dated if self.date else template
-        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control = {token.content: index for index, token in special.items()}
-        # Some take the white space before or after them in.
-        self._strips = {t.content: (t.lstrip, t.rstrip) for t in special.values()}
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._frame = lru_cache(maxsize=256)(self._frame_uncached)
-        self._backend: Any = None
-        self._find_out_the_tokenizer()
+        self.encoder = Encoder(tokenizer)
+        self.lacks: set[str] = set()
+        self._switch = {} if thinking == "auto" else {"enable_thinking": thinking}
+        self._thinks_if_asked = False  # its prompt is without thoughts, but for thinking: true
+        self._call_form = 0  # see `_official`
+        self._end = ""  # the control token after an answer
+        # Where there is none: what begins the next turn, after an answer in words and after a call.
+        self._after = ["", ""]
+        self._opened = ""  # the end of the prompt, where answers that are given lack it
+        # What is written before and after an answer; before a thought, and between it and its answer.
+        self._opening, self._closing = "", ""
+        self._thought: tuple[str, str] | None = None
+        self._calls: calling.Format | None = None
         self._probe_ids: list[int] = []
-        # What the template writes around an answer: ids up to the last control token before it,
-        # then text; text after it.
-        self._opening: tuple[list[int], str] = ([], "")
-        self._closing = ""
-        self.end_of_turn: int | None = tokenizer.eos_token_id
         self._fault: UserError | None = None  # why no conversation can be rendered
+        ends = set[int]()
         if template is None:
             self._fault = UserError(
                 "The tokenizer of this model has no chat template, so conversations cannot be "
@@ -147,100 +123,59 @@ class Renderer:
             )
         else:
             try:
-                self._check()
+                ends = self._check()
             except UserError as error:
-                self._fault = error
-        self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id} - {None})
+                self._fault = UserError(
+                    f"The chat template cannot be used for training: {error}. Give another: "
+                    "model.chat_template: FILE.jinja"
+                )
+        self.end_of_turn: int | None = self.encoder.control.get(self._end, tokenizer.eos_token_id)
+        self.stop_ids = sorted({self.end_of_turn, tokenizer.eos_token_id, *ends} - {None})
 
-    def _check(self) -> None:
-        """Render a small conversation, compare it with the tokenizer's own way, note its end token."""
-        probe: list[Message] = [
-            {"role": "user", "content": "One, two?"},
-            {"role": "assistant", "content": "Three."},
-            {"role": "user", "content": "Four?"},
-            {"role": "assistant", "content": "Five, six."},
-        ]
-        try:
-            example, prompt = self.render(probe), self.prompt(probe[:-1])
-        except RenderError as error:
-            raise UserError(
-                f"The chat template cannot be used for training: {error}. Give another: "
-                "model.chat_template: FILE.jinja"
-            ) from None
-        official = self.tokenizer.apply_chat_template(
-            self._with_system(probe), chat_template=self._jinja, return_dict=False
-        )
-        if example.ids != official:
-            raise UserError(
-                "The chat template of this model gives other token ids than its tokenizer by "
-                "itself, so its prompts would not be the ones that the model knows. Please report "
-                "the model's name; nothing was trained"
-            )
-        self._probe_ids = example.ids
-        last = max(index for index, counts in enumerate(example.supervised) if counts)
-        self.end_of_turn = example.ids[last]
-        answer = example.ids[len(prompt) : last]
-        controls = [at for at, token in enumerate(answer, 1) if token in self._control.values()]
-        head = answer[: max(controls, default=0)]
-        written = str(self.tokenizer.decode(answer[len(head) :], skip_special_tokens=True))
-        tail, found, closing = written.partition(probe[-1]["content"])
-        if found:
-            self._opening, self._closing = (head, tail.strip()), closing.strip()
+    # --- messages to ids -----------------------------------------------------------------------
 
-    def answer_text(self, ids: Sequence[int]) -> str:
-        """The text of a response, without what the template itself writes around an answer.
+    def render(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> list[Example]:
+        """Turn a conversation into examples, with every assistant turn and its end token supervised.
 
-        Some templates open every answer with more than the generation prompt, such as an empty
-        block of thoughts or the name of a channel, and a model trained with them writes it. Rendering
-        adds it again. Of a response that does not begin with it nothing is taken off; of one that is
-        still being written, what may become it is held back.
-        """
-        ids = list(ids)
-        finished = bool(ids) and ids[-1] in self.stop_ids
-        whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        head, tail = self._opening
-        if not finished and len(ids) < len(head) and head[: len(ids)] == ids:
-            return ""
-        text = whole
-        if ids[: len(head)] == head:
-            inner = str(self.tokenizer.decode(ids[len(head) :], skip_special_tokens=True))
-            begun = inner.lstrip()
-            if begun.startswith(tail):
-                text = begun[len(tail) :] if tail else inner
-            elif not finished and tail.startswith(begun):
-                return ""
-        written = text.rstrip()
-        for size in range(len(self._closing), 0, -1):
-            if written.endswith(self._closing[:size]):
-                return written[:-size]
-            if finished:
-                break
-        return text
-
-    def render(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> Example:
-        """Turn a conversation into ids, with every assistant turn and its end token supervised.
-
-        The answers whose index is in `untrained` are not supervised; the ids stay the same.
+        One example, unless the template writes an earlier answer otherwise than it was generated.
+        The answers whose index is in `untrained` are not supervised, nor is one without a message
+        before it for which the template has no prompt.
 
         Raises:
             RenderError: unknown role, or a template that refuses, alters or drops a message.
         """
-        added = len(self._with_system(messages)) - len(messages)
-        messages = self._with_system(messages)
-        text = self._apply(messages)
-        spans = self._content_spans(messages, text)
-        starts = {}
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = self._answer_start(messages, index, text, spans)
-                if start is None or spans[index][0] < start:
-                    raise RenderError(
-                        f"message {index + 1}: the template writes the prompt before this answer "
-                        "in another way than it does in a chat"
-                    )
-                counts = index - added not in untrained
-                starts[start] = spans[index][1] if counts else UNTRAINED
-        return self._encode(text, spans, starts)
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        clean = not any(map(self.encoder.pattern.search, forms.strings(list(messages))))
+        examples: list[Example] = []
+        ids: list[int] = []
+        supervised = bytearray()
+        for at in answers:
+            try:
+                prompt, target = self._turn(messages[: at + 1], clean)
+            except RenderError:
+                if at != answers[0] or any(m["role"] == "user" for m in messages[:at]):
+                    raise
+                continue
+            if prompt[: len(ids)] != ids:  # the template rewrites what came before
+                if any(supervised):
+                    examples.append(Example(ids, supervised))
+                supervised = bytearray()
+                ids = []
+            supervised += bytes(len(prompt) - len(ids))
+            supervised += bytes([at not in untrained]) * len(target)
+            ids = prompt + target
+        if any(supervised) or not examples:
+            examples.append(Example(ids, supervised))
+        return examples
+
+    def answer(self, messages: Sequence[Message]) -> Example:
+        """A conversation as ids with its last message, an answer, supervised.
+
+        Raises:
+            RenderError: as `render`.
+        """
+        prompt, target = self._turn(messages)
+        return Example(prompt + target, bytes(len(prompt)) + b"\1" * len(target))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the model's next answer begins.
@@ -248,45 +183,153 @@ class Renderer:
         Raises:
             RenderError: as `render`.
         """
-        messages = self._with_system(messages)
-        text = self._apply(messages, generation_prompt=True)
-        spans = self._content_spans(messages, text, generation_prompt=True)
-        starts = {
-            start: spans[index][1]
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-            and (start := self._answer_start(messages, index, text, spans)) is not None
-        }
-        return self._encode(text, spans, starts).ids
+        messages, originals = self._shielded(messages)
+        text = self._text(messages, generation_prompt=True)
+        self._check_kept(messages, text)
+        return self.encoder.start(text, originals)
 
-    def spelled(self, text: str) -> set[str]:
-        """The control tokens that a text spells."""
-        return {match[0] for match in self._control_pattern.finditer(text)}
+    def _turn(
+        self, messages: Sequence[Message], clean: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The ids of the prompt of the last message, an answer, and those that the model is to write.
 
-    def text(self, text: str, parse: bool = False) -> Example:
-        """Plain text without a template, all supervised; the tokenizer's end token ends it.
-
-        With `parse`, what spells a control token becomes it; a beginning or end that the text has
-        itself is not added again.
+        `clean`: no message spells a control token.
         """
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # With the tokenizer's own beginning (BOS), which models that have one were trained with.
-        if parse:
-            ids = self.tokenizer(text, split_special_tokens=False, verbose=False).input_ids
-            ids = ids[1:] if ids[:2] == [bos, bos] else ids
-            ended = text.rstrip().endswith(self.tokenizer.eos_token)
+        messages, originals = self._shielded(messages, clean)
+        before = messages[:-1]
+        if self._thinks_if_asked and "reasoning_content" in messages[-1]:
+            raise RenderError(
+                "the template's prompt asks for an answer without reasoning; set "
+                "generation.thinking: true to train it, false to leave it out"
+            )
+        prompt = self._text(before, generation_prompt=True)
+        self._check_kept(before, prompt)
+        target = self._ended(self._target(messages, prompt), messages)
+        names = [call["function"]["name"] for call in messages[-1].get("tool_calls", [])]
+        dropped = any(target.count(name) < names.count(name) for name in names)
+        parts = (messages[-1]["content"], messages[-1].get("reasoning_content", ""))
+        if dropped or any(part.strip() not in target for part in parts):
+            raise RenderError(
+                f"the template alters or leaves out message {len(messages)} (assistant)"
+            )
+        start = self.encoder.start(prompt, originals)
+        return start, self.encoder.go_on(prompt, target, originals)
+
+    def _target(self, messages: Sequence[Message], prompt: str) -> str:
+        """What the template writes of the last message beyond `prompt`, with all that follows it."""
+        whole, answer = self._text(messages), messages[-1]
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        begin = prompt.removesuffix(self._opened)
+        if whole.startswith(begin):
+            rest = whole[len(begin) :]
+            if begin != prompt and prompt.rstrip().endswith("<think>") and "</think>" not in rest:
+                # The template opens thoughts in the prompt, and drops them from answers.
+                return f"{answer.get('reasoning_content', '')}\n</think>\n\n{rest}"
+            return rest
+        # What was before is written otherwise once it is answered: only the last question counts.
+        asked = [at for at, message in enumerate(messages[:-1]) if message["role"] == "user"]
+        alone = [*messages[asked[-1] : asked[-1] + 1], answer] if asked else messages
+        if len(alone) < len(messages):
+            return self._target(alone, self._text(alone[:-1], generation_prompt=True))
+        raise RenderError(ANOTHER_WAY)
+
+    def _ended(self, target: str, messages: Sequence[Message]) -> str:
+        """`target` up to the control token that ends it."""
+        answer = messages[-1]
+        calls = answer.get("tool_calls", [])
+        parts = [answer["content"].strip(), *forms.strings([call["function"] for call in calls])]
+        # An answer can be a sign that is in a control token, too.
+        bare = self.encoder.pattern.sub(lambda match: "\0" * len(match[0]), target)
+        last = max((bare.rfind(part) for part in parts if part), default=-1)
+        found = [match for match in self.encoder.pattern.finditer(target) if match.end() > last]
+        ends = [match for match in found if match[0] == self._end] or found
+        if ends:
+            return target[: ends[-1].end()]
+        following = self._after[bool(calls)]
+        if not following:
+            raise RenderError(
+                "the template does not end an answer with a special token, so it could never stop"
+            )
+        return target + following
+
+    def _shielded(
+        self, messages: Sequence[Message], clean: bool = False
+    ) -> tuple[list[Message], dict[int, str]]:
+        """The messages as the template takes them, and what its output's stand-ins stand for."""
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
+        adapted = self._adapted(messages)
+        return (adapted, {}) if clean else self.encoder.shield(adapted)
+
+    def _adapted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with what the template lacks written into their contents."""
+        adapted = list(messages)
+        if self.system_prompt is not None and (not adapted or adapted[0]["role"] != "system"):
+            system: Message = {"role": "system", "content": self.system_prompt}
+            if adapted and "tools" in adapted[0]:
+                system["tools"] = adapted[0]["tools"]
+                adapted[0] = forms.without(adapted[0], "tools")
+            adapted = [system, *adapted]
+        if "reasoning" in self.lacks:
+            adapted = [forms.join_reasoning(message) for message in adapted]
         else:
-            ids, ended = self._ids(text, add_special_tokens=True), False
-        if not (ended or ids[-1:] == [eos]):
-            ids = [*ids, eos]
-        # The first token has nothing before it from which it could be predicted.
-        return Example(ids, [False] + [True] * (len(ids) - 1))
+            adapted = [
+                forms.separate_reasoning(message) if message["role"] == "assistant" else message
+                for message in adapted
+            ]
+            if self.thinking is False:
+                adapted = [forms.without(message, "reasoning_content") for message in adapted]
+        if "tools" in self.lacks:
+            adapted = forms.join_tools(adapted)
+        return forms.join_system(adapted) if "system" in self.lacks else adapted
+
+    def _text(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        """What the template writes."""
+        if self._fault:
+            raise self._fault
+        tools = messages[0].get("tools") if messages else None
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [_official(message, self._call_form) for message in messages],
+                    tools=tools,
+                    chat_template=self._jinja,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    **self._switch,
+                )
+            )
+        except Exception as error:  # a template can divide by zero, recurse, or say why it refuses
+            roles = ", ".join(message["role"] for message in messages) or "no message"
+            raise RenderError(
+                f"the template refuses the roles ({roles}): {first_line(error):.300}"
+            ) from None
+
+    def _check_kept(self, messages: Sequence[Message], text: str) -> None:
+        """Raise RenderError where a message is not in the text as it is."""
+        for number, message in enumerate(messages, 1):
+            content = message["content"].strip()
+            # Some write a tool's result as JSON. Of an earlier answer a template may keep a part.
+            if message["role"] != "assistant" and not (
+                content in text or forms.dumps(content)[1:-1] in text
+            ):
+                raise RenderError(
+                    f"the template alters or leaves out message {number} ({message['role']})"
+                )
+
+    @property
+    def writes_empty_thoughts(self) -> bool:
+        """Whether the template writes a block of thoughts before an answer that has none."""
+        return bool(self._thought and self._thought[1] and self._opening.endswith(self._thought[1]))
 
     def state(self) -> dict[str, Any]:
         """What a later loader must agree on: template, system prompt, stop tokens, probe ids."""
         return {
             "template": self.template,
             "system_prompt": self.system_prompt,
+            "thinking": self.thinking,
             "stop_tokens": self.tokenizer.convert_ids_to_tokens(self.stop_ids),
             "date": self.date.isoformat() if self.date else None,
             # Where no date was fixed, one that writes it gives other ids tomorrow: no mismatch.
@@ -302,6 +345,7 @@ class Renderer:
             UserError: what differs; the adapter would see other prompts than it was trained on.
         """
         mine = self.state()
+        stored = {"thinking": "auto", **stored}
         differing = [key for key in mine if mine[key] != stored.get(key)]
         if differing:
             shown = "; ".join(
@@ -313,205 +357,233 @@ class Renderer:
                 f"({shown}). Use the same base and tokenizer as in training, or train again"
             )
 
-    # --- inside ------------------------------------------------------------------------------
+    # --- what the template and the tokenizer do, found out on small conversations ------------------
 
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        if self.system_prompt is None or (messages and messages[0]["role"] == "system"):
-            return list(messages)
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+    def _check(self) -> set[int]:
+        """Find out what the template lacks, how it ends an answer, and that its prompts are exact.
 
-    def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        if self._fault:
-            raise self._fault
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    chat_template=self._jinja,
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                )
-            )
-        except Exception as error:  # a template can divide by zero, recurse, or say why it refuses
-            roles = ", ".join(message["role"] for message in messages) or "no message"
-            raise RenderError(
-                f"the template refuses the roles ({roles}): {first_line(error):.300}"
-            ) from None
-
-    def _frame_uncached(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
-        """The template's own text before, between and after the messages' contents."""
-        # Private-use characters: no template treats them specially.
-        marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
-        marked: list[Message] = [
-            {"role": r, "content": m} for r, m in zip(roles, marks, strict=True)
-        ]
-        rest = self._apply(marked, generation_prompt)
-        frame = []
-        for index, mark in enumerate(marks):
-            before, found, rest = rest.partition(mark)
-            if not found or mark in rest:
-                raise RenderError(
-                    f"the template {'repeats' if found else 'leaves out'} message {index + 1} "
-                    f"({roles[index]})"
-                )
-            frame.append(before)
-        return [*frame, rest]
-
-    def _content_spans(
-        self, messages: Sequence[Message], text: str, generation_prompt: bool = False
-    ) -> list[tuple[int, int]]:
-        """Character range of each message's content in the rendered text.
-
-        The frame is rebuilt around the contents (as they are, or stripped as some templates do)
-        and must give the rendered text again, so content that imitates the template shifts nothing.
-        In a prompt, the template may keep only the last part of an earlier answer: those of
-        reasoning models drop the thoughts.
+        Returns the ids of all tokens that end an answer or a call.
         """
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        frame = self._frame(tuple(message["role"] for message in messages), generation_prompt)
-        spans: list[tuple[int, int]] = []
-        position = len(frame[0]) if text.startswith(frame[0]) else len(text) + 1
-        for message, after in zip(messages, frame[1:], strict=True):
-            content = message["content"]
-            forms: Iterable[str] = (content, content.strip(), content.lstrip(), content.rstrip())
-            if generation_prompt and message["role"] == "assistant":
-                forms = itertools.chain(forms, _endings(content.rstrip(), text, position))
-            form = next((form for form in forms if text.startswith(form + after, position)), None)
-            if form is None:
+        if self.thinking != "auto" and "enable_thinking" not in (self._jinja or ""):
+            raise UserError(
+                f"generation.thinking is {str(self.thinking).lower()}, and the template has no "
+                "such switch (enable_thinking); set generation.thinking: auto"
+            )
+        ask, reply, again = _user("One, two?"), _assistant("Three."), _user("Four?")
+        system: Message = {"role": "system", "content": "Be brief."}
+        if not self._writes([system, ask], "Be brief."):
+            self.lacks.add("system")
+        self._note_end(ask, reply, again)
+        thinking: Message = {**_assistant("Five, six."), "reasoning_content": "Seven or eight."}
+        if self.thinking is not False and not self._reasons(ask, thinking):
+            default, self._switch = self._switch, {"enable_thinking": True}
+            self._thinks_if_asked = self._reasons(ask, thinking)
+            self._switch = default
+            if not self._thinks_if_asked:
+                self.lacks.add("reasoning")
+        ends = [self._end, self._after[0].strip()]
+        call: Message = {**_assistant(""), "tool_calls": [CALL]}
+        result: Message = {
+            "role": "tool", "content": "Cloudy.", "name": "look_up", "tool_call_id": CALL["id"],
+        }  # fmt: skip
+        using: Message = {**ask, "tools": [TOOL]}
+        for self._call_form in range(4):
+            if self._writes([using, call, result], "Looks up a place.", "Rome", "Cloudy."):
                 break
-            spans.append((position, position + len(form)))
-            position += len(form) + len(after)
-        if position != len(text) or len(spans) != len(messages):
-            raise RenderError(
-                "the template alters the text of a message, so it cannot be told from the "
-                "template's own"
-            )
-        return spans
-
-    def _answer_start(
-        self, messages: Sequence[Message], index: int, text: str, spans: list[tuple[int, int]]
-    ) -> int | None:
-        """Where in `text` the prompt of the answer `messages[index]` ends; None if `text` begins otherwise."""
-        before = messages[:index]
-        if any(message["content"] != message["content"].strip() for message in before):
-            # A template may strip a message in one text and not in the other.
-            prompt = self._apply(before, generation_prompt=True)
         else:
-            begin, *after = self._frame(tuple(message["role"] for message in before), True)
-            contents = (text[start:end] for start, end in spans[:index])
-            prompt = begin + "".join(map("".join, zip(contents, after, strict=True)))
-        return len(prompt) if text.startswith(prompt) else None
+            self.lacks.add("tools")
+            self._call_form = 0
+        if "tools" not in self.lacks:
+            with contextlib.suppress(RenderError):
+                self._after[1] = self._next_control([using, call], result)
+            with contextlib.suppress(RenderError):
+                ends.append(self.encoder.pattern.findall(self._turn_text([using, call]))[-1])
+        self._probe([ask, reply, again, _assistant("Five, six.")])
+        self._find_parts([ask, thinking])
+        self._calls = calling.find_out(self._write_calls)
+        return {self.encoder.control[end] for end in ends if end in self.encoder.control}
 
-    def _control_tokens(
-        self, text: str, spans: list[tuple[int, int]]
-    ) -> list[tuple[int, int, int]]:
-        """Begin, end and id of each control token that lies wholly in the template's own text.
+    def _writes(self, messages: list[Message], *parts: str) -> bool:
+        """Whether the template takes the messages, and writes all `parts`."""
+        return self._knows(lambda: self._text(messages, generation_prompt=True), *parts)
 
-        With the white space that it takes in, as some do, which can be of a message.
-        """
-        found = []
-        position = 0
-        for begin, end in [*spans, (len(text), len(text))]:
-            for match in self._control_pattern.finditer(text, position, begin):
-                left, right = self._strips[match[0]]
-                start, stop = match.span()
-                if left:
-                    start = len(text[:start].rstrip())
-                if right:
-                    stop = len(text) - len(text[stop:].lstrip())
-                found.append((start, stop, self._control[match[0]]))
-            position = end
-        return found
+    def _knows(self, write: Callable[[], str], *parts: str) -> bool:
+        try:
+            text = write()
+        except RenderError:
+            return False
+        return all(part in text for part in parts)
 
-    def _encode(self, text: str, spans: list[tuple[int, int]], starts: dict[int, int]) -> Example:
-        """Encode rendered text; `starts` maps where an answer begins to where its content ends."""
-        ids: list[int] = []
-        supervised = bytearray()
-        position, content_end, answering = 0, 0, False
-        encode = self._begins
-        cuts = [(start, start, -1) for start in starts]
-        end_of_text = (len(text), len(text), -1)
-        for begin, end, control in sorted(
-            [*self._control_tokens(text, spans), *cuts, end_of_text], key=lambda cut: cut[:2]
-        ):
-            if begin > position:
-                new = encode(text[position:begin])
-                ids += new
-                supervised += bytes([answering]) * len(new)
-                encode = self._continues
-            if control >= 0:
-                ids.append(control)
-                supervised.append(answering)
-                if end > content_end:
-                    answering = False
-                encode = self._follows
-            elif begin in starts:
-                content_end, answering = starts[begin], starts[begin] != UNTRAINED
-            position = max(position, end)
-        if answering:
+    def _reasons(self, ask: Message, thinking: Message) -> bool:
+        """Whether the template writes the reasoning of an answer after its prompt."""
+        reasoning = thinking["reasoning_content"]
+        return self._knows(lambda: self._turn_text([ask, thinking]), reasoning)
+
+    def _turn_text(self, messages: Sequence[Message]) -> str:
+        """The text that the model is to write as the last message."""
+        adapted = self._adapted(messages)
+        prompt = self._text(adapted[:-1], generation_prompt=True)
+        return self._ended(self._target(adapted, prompt), adapted)
+
+    def _note_end(self, ask: Message, reply: Message, again: Message) -> None:
+        """Note the control token after an answer; where there is none, what begins the next turn."""
+        content = reply["content"]
+        adapted = self._adapted([ask, reply])
+        prompt = self._text(adapted[:-1], generation_prompt=True)
+        self._opened = prompt[common(prompt, self._text(adapted)) :]
+        target = self._target(adapted, prompt)
+        if target.count(content) != 1:
             raise RenderError(
-                "the template does not end an answer with a special token, so it could never stop"
+                f"it {'repeats' if content in target else 'leaves out'} the text of an answer"
             )
-        if supervised:
-            supervised[0] = False  # nothing is before it from which it could be predicted
-        return Example(ids, supervised)
+        if self._opened and not target.lstrip().startswith((content, "</think>")):
+            raise RenderError(ANOTHER_WAY)
+        found = self.encoder.pattern.search(target, target.index(content) + len(content))
+        if found:
+            self._end = found[0]
+        else:
+            self._after[0] = self._next_control(adapted, again)
 
-    # --- text in which nothing is a control token: where a text begins, after a control token,
-    # --- and after other text
+    def _next_control(self, messages: list[Message], following: Message) -> str:
+        """What the template writes after `messages`, up to the first control token of the next one."""
+        whole, longer = self._text(messages), self._text([*messages, following])
+        found = self.encoder.pattern.search(longer, len(whole))
+        return longer[len(whole) : found.end()] if found and longer.startswith(whole) else ""
 
-    def _find_out_the_tokenizer(self) -> None:
-        """Choose how stretches are encoded, by what the tokenizer itself does with a few."""
-        probe = "One, two? Three:\n\n  4"
-        # Its own call does more than the library's beneath it only to serve other purposes.
-        expected = self._ids(probe)
-        self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if self._backend is not None and self._ids(probe) != expected:
-            self._backend = None
-        self._begins = _remembering(self._ids)
-        self._continues = _remembering(self._guarded)
-        # After a control token, some begin anew: SentencePiece with its mark, others as anywhere.
-        end, alone = self.tokenizer.eos_token or "", self._ids("a")
-        after = self.tokenizer(f"{end}a", add_special_tokens=False, verbose=False).input_ids
-        self._follows = self._begins if after[-len(alone) :] == alone else self._continues
+    def _probe(self, probe: list[Message]) -> None:
+        """Compare the ids of two prompts with those of the tokenizer itself; note those of the whole."""
+        for count in (1, 3):
+            adapted = self._adapted(probe[:count])
+            text = self._text(adapted, generation_prompt=True)
+            official = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            if self.prompt(probe[:count]) != official:
+                raise UserError(
+                    "its prompts get other token ids from its tokenizer than from Etude, so they "
+                    "would not be the ones that the model knows; please report the model's name"
+                )
+        self.render(probe)
+        self._probe_ids = self.encoder.start(self._text(self._adapted(probe)), {})
 
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text by itself."""
-        if self._backend is None:
-            encoded = self.tokenizer(
-                text,
-                add_special_tokens=add_special_tokens,
-                split_special_tokens=True,
-                verbose=False,
-            )
-            ids: list[int] = encoded.input_ids
-            return ids
-        self._backend.encode_special_tokens = True  # the tokenizer's own calls switch it
-        (made,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(made.ids)
+    def _find_parts(self, thinking: list[Message]) -> None:
+        """Note what the template writes around an answer, and around the thoughts before it."""
+        ask, reply = thinking
+        plain = forms.without(reply, "reasoning_content")
+        head, _, tail = self._turn_text([ask, plain]).partition(reply["content"])
+        self._opening, self._closing = head.strip(), self.encoder.without_control(tail).strip()
+        if self._reasons(ask, reply):
+            written = self._turn_text(thinking)
+            before, _, rest = written.partition(reply["reasoning_content"])
+            between = rest.partition(reply["content"])[0].strip()
+            # What only an answer in words begins with is not of the thought: a call has none.
+            self._thought = (before.strip(), between.removesuffix(self._opening).strip() or between)
 
-    def _guarded(self, text: str) -> list[int]:
-        """Ids of a text that goes on another: encoded after a guard, whose own ids are left out."""
-        for guard in ("\n", "\ue000", "."):
-            ids, own = self._ids(guard + text), self._ids(guard)
-            if ids[: len(own)] == own:
-                return ids[len(own) :]
-        raise RenderError("the tokenizer encodes no text as the continuation of another")
+    def _write_calls(self, calls: Sequence[dict[str, Any]]) -> str | None:
+        """What the template writes as an answer of nothing but calls; None where it refuses them."""
+        using: Message = {**_user("Well?"), "tools": calling.TOOLS}
+        try:
+            text = self._turn_text([using, {**_assistant(""), "tool_calls": list(calls)}])
+        except RenderError:
+            return None
+        *_, end = self.encoder.pattern.finditer(text)
+        begun = text[: end.start()].lstrip()
+        return begun.removeprefix(self._opening) if self._opening else text[: end.start()]
+
+    # --- ids to an answer ----------------------------------------------------------------------
+
+    def parts_of(
+        self, ids: Sequence[int], tools: calling.Tools | None = None, writing: bool = False
+    ) -> Parts:
+        """Reasoning, answer and calls in a response, without what the template writes around them.
+
+        `tools` are those that could be called; with None, a call is text. Of a response that has not
+        ended, what may become the template's own is held back; while it is still being written
+        (`writing`), what may become a call too.
+        """
+        ids = list(ids)
+        finished = bool(ids) and ids[-1] in self.stop_ids
+        text = str(self.tokenizer.decode(ids[: len(ids) - finished], skip_special_tokens=False))
+        more = not finished
+        begun, thought = text.lstrip(), ""
+        opening, closing = self._opening, self._closing
+        if self._thought:
+            before, between = self._thought
+            if begun.startswith(before):
+                thought, closed, rest = begun[len(before) :].partition(between)
+                if not closed:
+                    thought = _held_back(thought.lstrip(), between, more)
+                    return Parts(self.encoder.without_control(thought), "")
+                text = rest.lstrip()
+                opening = "" if opening.endswith(between) else opening
+            elif more and before.startswith(begun):
+                return Parts("", "")
+        begun = text.lstrip()
+        if opening and begun.startswith(opening):
+            text = begun[len(opening) :].lstrip()
+        elif opening and more and opening.startswith(begun):
+            return Parts("", "")
+        text, calls, malformed = self._without_calls(text, tools, writing and more)
+        text = text if more or not closing else text.rstrip()
+        text = _held_back(text, closing, more) if more else text.removesuffix(closing)
+        thought, text = (
+            self.encoder.without_control(thought).strip(),
+            self.encoder.without_control(text),
+        )
+        return Parts(thought, text, calls, malformed)
+
+    def _without_calls(
+        self, text: str, tools: calling.Tools | None, writing: bool
+    ) -> tuple[str, list[dict[str, Any]], bool]:
+        """The text without calls, the calls, and whether one is malformed."""
+        if self._calls is None or tools is None:
+            return text, [], False
+        if writing:
+            return _held_back(text[: self._calls.begun(text)], self._calls.mark, True), [], False
+        try:
+            return *self._calls.parse(text, tools), False
+        except calling.Malformed:
+            return text, [], True
 
 
-def _remembering(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """`encode`, once for each short text: a template and labels have few, and long texts differ."""
-    remembered = lru_cache(maxsize=4096)(encode)
-    return lambda text: remembered(text) if len(text) <= REMEMBERED else encode(text)
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
-def _endings(content: str, text: str, position: int) -> Iterator[str]:
-    """The proper endings of `content` that are in `text` at `position`, the longest first."""
-    for start in range(1, len(content) + 1):
-        # The first characters first: most endings go without being copied.
-        if text.startswith(content[start : start + 16], position):
-            yield content[start:]
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _official(message: Message, call_form: int) -> dict[str, Any]:
+    """The message as templates take it: under every name that they know.
+
+    `call_form`: with calls, content is null where it is empty (0, 2) or text (1, 3), and arguments
+    are an object (0, 1) or JSON in a text (2, 3).
+    """
+    official: dict[str, Any] = {**message}
+    official.pop("tools", None)
+    if "reasoning_content" in message:
+        official["reasoning"] = official["thinking"] = message["reasoning_content"]
+    if "tool_calls" in message:
+        if call_form in (0, 2):
+            official["content"] = message["content"] or None
+        if call_form in (2, 3):
+            official["tool_calls"] = [
+                {**call, "function": {
+                    **call["function"], "arguments": forms.dumps(call["function"]["arguments"])
+                }}
+                for call in message["tool_calls"]
+            ]  # fmt: skip
+    return official
+
+
+def _held_back(text: str, ending: str, more: bool) -> str:
+    """`text` without what may become `ending` when more is written."""
+    if not more:
+        return text
+    written = text.rstrip()
+    for size in range(len(ending), 0, -1):
+        if written.endswith(ending[:size]):
+            return written[:-size]
+    return text
 
 
 def _dated(template: str, date: datetime.date) -> str:

@@ -1,16 +1,17 @@
 """Rows to examples: reading, splits, encoding, length."""
 
 import contextlib
-import math
-import random
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from etude.config.schema import Dataset
-from etude.conversation.renderer import Example, Message, Renderer, RenderError
+from etude.conversation.encoding import Example, RenderError
+from etude.conversation.messages import Message, separate_reasoning, strings
+from etude.conversation.renderer import Renderer
 from etude.data import formats, readers, report
 from etude.data.formats import FORMATS, Row, filled
 from etude.data.report import Report, lines_of, listed
@@ -64,46 +65,6 @@ class Split:
 
 
 # --- rows ----------------------------------------------------------------------------------------
-
-
-def read_splits(settings: Dataset, seed: int) -> tuple[dict[str, Table], list[str]]:
-    """The training and, if any, validation rows, and notices about what was found in reading them.
-
-    The test set is read only for rows that it shares with the training.
-
-    Raises:
-        UserError: data that cannot be used.
-    """
-    # Drawn before the validation is cut off, so that both shrink alike.
-    train = sample(read(settings.train, settings), settings.max_rows, seed)
-    labelled = settings.model_copy(update={"labels": train.labels})
-    tables = {"train": train}
-    notices: list[str] = []
-    for name, source in (("validation", settings.validation), ("test", settings.test)):
-        if source is None:
-            continue
-        tables[name] = table = read(source, labelled)
-        if table.format != train.format:
-            raise UserError(
-                f"dataset.{name}: {source} has format {table.format}, and {train.source} "
-                f"{train.format}; all splits must have one"
-            )
-        if shared := overlap(train, table, name):
-            notices.append(shared)
-    for name, table in tables.items():
-        # The dropped rows of the other splits are in their reports.
-        notices += [f"{name}: {notice}" for notice in table.notices]
-        notices += table.drops(name) if name == "test" else []
-        if table.unused and name != "test":
-            unused = [f"{column or '(no name)'} ({n:,})" for column, n in table.unused.items()]
-            notices.append(f"{name}: unused columns: {', '.join(unused)}")
-    if "validation" not in tables:
-        tables["train"], cut = split_rows(train, settings.validation_split, seed)
-        if cut:
-            tables["validation"] = cut
-        elif settings.validation_split:
-            notices.append("no validation: there are too few different rows to cut one from train")
-    return {name: tables[name] for name in ("train", "validation") if name in tables}, notices
 
 
 def read(source: str, settings: Dataset) -> Table:
@@ -239,74 +200,6 @@ def _labels(
     return labels, notices[: report.SHOWN] + rest * (more > 0)
 
 
-def sample(table: Table, max_rows: int | None, seed: int) -> Table:
-    """At most `max_rows` rows, drawn by `seed`, in their order."""
-    if max_rows is None or max_rows >= len(table.rows):
-        return table
-    kept = sorted(random.Random(seed).sample(range(len(table.rows)), max_rows))
-    drawn = f"{max_rows:,} of {len(table.rows):,} rows"
-    return replace(table, rows=[table.rows[at] for at in kept], drawn=drawn)
-
-
-def overlap(train: Table, other: Table, name: str) -> str | None:
-    """A sentence about rows of `other` that are in `train` too, or contradict it, or None."""
-    lines, contradictions = report.repeats(other.rows, train.rows)
-    rows = len(other.rows)
-    shared = (
-        f"{name}: {len(lines)} of {rows} rows are in train too, so its figures flatter: "
-        f"{lines_of(lines)}"
-    )
-    found = report.contradicting(name, rows, contradictions, " train's")
-    return "; ".join([shared] * bool(lines) + found) or None
-
-
-def split_rows(table: Table, share: float, seed: int) -> tuple[Table, Table | None]:
-    """Cut a share of the rows off for validation, drawn by `seed`; the same rows stay together.
-
-    Every class of a classification gives its share, and keeps a row to train on.
-    """
-    classes: dict[str, set[str]] = {}
-    for row in table.rows:
-        classes.setdefault(row.key, set()).add(str(row.label))
-    # Few rows still get a validation of one, as long as one is left to train on.
-    count = min(max(1, round(len(classes) * share)), len(classes) - 1) if share else 0
-    draw = random.Random(seed)
-    held = (
-        _stratified(classes, count, draw) if table.labels else set(draw.sample([*classes], count))
-    )
-    if not held:
-        return table, None
-
-    def part(chosen: bool) -> Table:
-        rows = [row for row in table.rows if (row.key in held) == chosen]
-        # What was dropped in reading counts once: with the rows to train on.
-        return replace(table, rows=rows, dropped={} if chosen else table.dropped)
-
-    return part(False), part(True)
-
-
-def _stratified(classes: Mapping[str, set[str]], count: int, draw: random.Random) -> set[str]:
-    """At most `count` keys of `classes`, each class's share of them, and never the last of a class."""
-    total = Counter(label for labels in classes.values() for label in labels)
-    left, share = total.copy(), count / len(classes)
-    order = draw.sample([*classes], len(classes))
-    held: set[str] = set()
-    # First the whole part of every class's share, then what rounding left over.
-    for rounded in (math.floor, math.ceil):
-        for key in order:
-            if (
-                key not in held
-                and len(held) < count
-                and all(
-                    left[label] > max(1, total[label] - rounded(total[label] * share))
-                    for label in classes[key]
-                )
-            ):
-                held.add(key)
-                left.subtract(classes[key])
-    return held
-
-
 # --- examples ------------------------------------------------------------------------------------
 
 
@@ -325,8 +218,8 @@ def conversation(row: Row, labels: Sequence[str] | None, settings: Dataset) -> l
     return [*instruct(row.text, labels, settings), {"role": "assistant", "content": row.label}]
 
 
-def check_labels(renderer: Renderer, labels: Sequence[str]) -> None:
-    """Raise UserError where the tokenizer makes two labels one."""
+def check_labels(renderer: Renderer, labels: Sequence[str]) -> int:
+    """How many tokens the longest label takes with its end; UserError where two become one."""
     seen: dict[tuple[int, ...], str] = {}
     for label in labels:
         with contextlib.suppress(RenderError):  # encoding a row says why the template refuses it
@@ -334,13 +227,38 @@ def check_labels(renderer: Renderer, labels: Sequence[str]) -> None:
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": label},
             ]
-            other = seen.setdefault(tuple(renderer.render(pair).ids), label)
+            answer = renderer.answer(pair)
+            other = seen.setdefault(tuple(answer.ids[-answer.targets :]), label)
             if other != label:
                 raise UserError(
                     f"the labels {other!r} and {label!r} are one to the model, whose template or "
                     "tokenizer writes them alike, so the first would always win. Rename one in the "
                     "rows, or give another template: model.chat_template: FILE.jinja"
                 )
+    return max(map(len, seen), default=0)
+
+
+def question(
+    renderer: Renderer, text: str, labels: Sequence[str], settings: Dataset, room: int
+) -> tuple[list[Message], bool]:
+    """The prompt of a classification, and whether its text was cut to leave `room` in max_length.
+
+    The end of the text goes, so that the instruction and the labels stay. In training, evaluation
+    and a single text the same.
+    """
+    whole = instruct(text, labels, settings)
+    limit = settings.max_length - room
+
+    def too_long(kept: int) -> bool:
+        return len(renderer.prompt(instruct(text[:kept], labels, settings))) > limit
+
+    if settings.overlength not in (None, "truncate") or not too_long(len(text)):
+        return whole, False
+    kept = bisect_left(range(len(text)), True, key=too_long) - 1
+    while kept > 0 and too_long(kept):  # a character more can be a token less
+        kept -= 1
+    # Not even one character fits: the row is too long as it is.
+    return (instruct(text[:kept], labels, settings), True) if kept > 0 else (whole, False)
 
 
 def beyond_window(rows: Sequence[tuple[str, int]], window: int, advice: str) -> UserError:
@@ -384,8 +302,7 @@ def encode(
     """
     fates = Report(split, table.source, table.format, table.rows_read, table.drawn)
     fates.dropped = {reason: list(lines) for reason, lines in table.dropped.items()}
-    if table.labels:
-        check_labels(renderer, table.labels)
+    room = check_labels(renderer, table.labels) if table.labels else 0
     parse = settings.special_tokens == "parse"
     if parse and table.format != "text":
         raise UserError(
@@ -399,19 +316,20 @@ def encode(
     examples: list[Example] = []
     different: set[tuple[str, str]] = set()
     for row in table.rows:
-        messages = conversation(row, table.labels, settings)
         try:
-            whole = (
-                renderer.render(messages, row.untrained)
-                if messages
-                else renderer.text(row.text, parse)
-            )
+            if table.labels:
+                whole = [_classified(row, table.labels, renderer, settings, room, fates)]
+            elif row.messages:
+                whole = renderer.render(row.messages, _untrained(row, settings))
+            else:
+                whole = [renderer.encoder.raw(row.text, parse)]
         except RenderError as error:
             fates.drop(str(error), row.line)
             continue
         parts = _fitted(whole, row.line, settings, renderer.tokenizer.bos_token_id, fates)
         for number, part in enumerate(parts):
             part.origin, part.part = f"{table.source}:{row.line}", number
+            part.joined = number > 0 and bool(row.messages)
             fates.tokens += len(part)
             fates.supervised += part.targets
             fates.longest = max(fates.longest, len(part))
@@ -423,8 +341,74 @@ def encode(
     fates.examples = len(examples)
     numbers = Counter(label for _, label in different)
     fates.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
+    _note_conversations(table, renderer, examples, fates)
     _check_examples(examples, fates, table, window)
     return Split(table, examples, fates)
+
+
+def _untrained(row: Row, settings: Dataset) -> Collection[int]:
+    """The answers of a row that are not trained on, by their index."""
+    if settings.train_on == "all":
+        return row.untrained
+    return {at for at in range(len(row.messages)) if at != row.answer}
+
+
+def _classified(
+    row: Row,
+    labels: Sequence[str],
+    renderer: Renderer,
+    settings: Dataset,
+    room: int,
+    fates: Report,
+) -> Example:
+    """A row of a classification as an example, its text cut where it is too long."""
+    whole = renderer.answer(conversation(row, labels, settings))
+    if len(whole) - whole.targets <= settings.max_length - room:
+        return whole
+    prompt, cut = question(renderer, row.text, labels, settings, room)
+    if not cut:
+        return whole
+    shorter = renderer.answer([*prompt, {"role": "assistant", "content": str(row.label)}])
+    fates.lost += len(whole) - len(shorter)
+    fates.note(report.CUT, [row.line])
+    return shorter
+
+
+def _note_conversations(
+    table: Table, renderer: Renderer, examples: Sequence[Example], fates: Report
+) -> None:
+    """Note what the template made of the conversations."""
+    prefix = len(table.source) + 1
+    several = {int(one.origin[prefix:]): None for one in examples if one.joined}
+    fates.note(report.REWRITTEN, [*several])
+    rows = table.rows
+    fates.note(report.UNANSWERED, [row.line for row in rows if row.unanswered])
+    for part, about in report.JOINED.items():
+        if part in renderer.lacks:
+            lines = [row.line for row in rows if any(_has(one, part) for one in row.messages)]
+            fates.note(about, lines)
+    bare = [
+        row.line
+        for row in rows
+        if row.label
+        or any(m["role"] == "assistant" and not _has(m, "reasoning") for m in row.messages)
+    ]
+    if renderer.writes_empty_thoughts:
+        fates.note(report.EMPTY_THOUGHTS, bare)
+    if renderer.thinking is False:
+        fates.note(
+            report.THOUGHTLESS,
+            [row.line for row in rows if any(_has(m, "reasoning") for m in row.messages)],
+        )
+
+
+def _has(message: Message, part: str) -> bool:
+    """Whether a message has a part that a template may lack."""
+    if part == "system":
+        return message["role"] == "system"
+    if part == "tools":
+        return "tool_calls" in message or "tools" in message
+    return "reasoning_content" in separate_reasoning(message)
 
 
 def _check_examples(
@@ -457,8 +441,8 @@ def _note_spelled(table: Table, renderer: Renderer, settings: Dataset, fates: Re
     typed_ends = []
     ends = tuple(renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids))
     for at, row in enumerate(table.rows):
-        texts = [row.text, *(message["content"] for message in row.messages)]
-        found = set().union(*map(renderer.spelled, texts))
+        texts = [row.text, *strings(row.messages)]
+        found = set().union(*map(renderer.encoder.spelled, texts))
         if found:
             spelled[at] = found
             answers = [m["content"] for m in row.messages if m["role"] == "assistant"]
@@ -480,27 +464,28 @@ def _note_spelled(table: Table, renderer: Renderer, settings: Dataset, fates: Re
 
 
 def _fitted(
-    whole: Example, line: int, settings: Dataset, bos: int | None, fates: Report
+    wholes: Sequence[Example], line: int, settings: Dataset, bos: int | None, fates: Report
 ) -> list[Example]:
-    """A row's example within `max_length`, or its pieces; none if it is dropped. `fates` notes which."""
+    """A row's examples within `max_length`, or their pieces; `fates` notes what became of the row."""
     most = settings.max_length
-    parts, fate = [whole], ""
-    if len(whole) > most:
-        overlength = settings.overlength or ("split" if fates.format == "text" else "truncate")
-        if overlength == "drop":
-            fates.drop(f"longer than max_length {most}", line)
-            fates.lost += len(whole)
-            return []
-        if overlength == "split":
-            parts, fate = pieces(whole, most, bos), report.DIVIDED
+    overlength = settings.overlength or ("split" if fates.format == "text" else "truncate")
+    parts: list[Example] = []
+    for whole in wholes:
+        if len(whole) <= most:
+            own = [whole]
+        elif overlength == "split":
+            own = pieces(whole, most, bos)
         else:
-            parts, fate = [truncate(whole, most)], report.TRUNCATED
-            fates.lost += len(whole) - len(parts[0]) * bool(parts[0].targets)
-    if not any(part.targets for part in parts):
-        fates.drop(f"no supervised token within max_length {most}", line)
-        return []
-    if fate:
-        fates.note(fate, [line])
+            own = [truncate(whole, most)] if overlength == "truncate" else []
+            fates.lost += len(whole) - sum(len(part) for part in own if part.targets)
+        parts += [part for part in own if part.targets]
+    long = any(len(whole) > most for whole in wholes)
+    if not parts:
+        reason = "longer than" if long and overlength == "drop" else "no supervised token within"
+        fates.drop(f"{reason} max_length {most}", line)
+    elif long:
+        what = {"split": report.DIVIDED, "truncate": report.TRUNCATED, "drop": report.PARTLY}
+        fates.note(what[overlength], [line])
     return parts
 
 

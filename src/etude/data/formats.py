@@ -12,7 +12,8 @@ from typing import Any
 
 from etude.config.schema import Dataset, normal_label
 from etude.config.yaml import scalar
-from etude.conversation.renderer import Message
+from etude.conversation.messages import Message, dumps, strings
+from etude.data import calls
 from etude.errors import UserError, nearest
 
 # What each format is recognised by, the most telling first: the fields that a row must have.
@@ -28,8 +29,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
 TURN_FLAGS = ("weight", "train", "training", "loss")
 ROW_FLAGS = ("weight", "train", "training")
 OPTIONAL = {
-    "messages": ("system", *ROW_FLAGS),
-    "sharegpt": ("system", *ROW_FLAGS),
+    "messages": ("system", "tools", *ROW_FLAGS),
+    "sharegpt": ("system", "tools", *ROW_FLAGS),
     "alpaca": ("input", "system", *ROW_FLAGS),
     "prompt_completion": ("quality", "system", *ROW_FLAGS),
     "classification": ROW_FLAGS,
@@ -37,14 +38,23 @@ OPTIONAL = {
 }
 FIELDS = {form: FORMATS[form] + OPTIONAL[form] for form in FORMATS}
 TURN_KEYS = ("role", "from", "content", "value")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+OWN_KEYS = {"assistant": ("tool_calls", *REASONING), "tool": ("tool_call_id", "name")}
+KNOWN_KEYS = {*TURN_KEYS, *(key for keys in OWN_KEYS.values() for key in keys)}
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
-    "assistant": "assistant",
     "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
 }
-TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "function_response")
 
 # Other names that people give to a field, the likeliest first: proposed, never mapped unasked.
 _ANSWERS = (
@@ -76,9 +86,10 @@ _VERDICT = (
     "keep the good rows alone"
 )
 _REFUSED = {
-    "tools tool_calls functions function_call tool_call_id": "calls of tools are not trained on yet",
-    "reasoning reasoning_content thinking thought": "reasoning beside the answer is not trained on "
-    "yet; to learn it, write it into the answer",
+    "tools tool_calls functions function_call tool_call_id": "calls of tools are read from messages "
+    "(tool_calls of a turn, and a column tools)",
+    "reasoning reasoning_content thinking thought": "reasoning is read from a turn of messages "
+    "(reasoning_content), or as <think>...</think> at the beginning of the answer",
     "history chat_history conversation_history past_turns previous_turns": "earlier turns are read "
     "only as messages; write the whole conversation there",
     "context document passage knowledge evidence choices options premise hypothesis aspect text2 "
@@ -109,6 +120,7 @@ class Row:
         label: the class, in classification sets.
         quality: a given judgement of the completion (good, fair, poor), where the data carries one.
         untrained: the answers, by their index in `messages`, that are not trained on (weight 0).
+        unanswered: whether messages after the last answer were left out.
     """
 
     line: int
@@ -117,13 +129,14 @@ class Row:
     label: str | None = None
     quality: str | None = None
     untrained: frozenset[int] = frozenset()
+    unanswered: bool = False
 
     @property
     def key(self) -> str:
         """What makes two rows the same row."""
-        parts = [self.text, *(m[part] for m in self.messages for part in ("role", "content"))]
-        # Contents hold no NUL. A digest: the texts themselves would be held a second time.
-        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        # A digest: the texts themselves would be held a second time.
+        written = dumps([self.text, self.messages])
+        return hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
     @property
     def answer(self) -> int:
@@ -362,8 +375,18 @@ def row_of(
         messages.append({"role": "system", "content": _text(system, "system")})
     if form in ("messages", "sharegpt"):
         (name,) = FORMATS[form]
+        tools = calls.tools_of(fields["tools"]) if filled(fields.get("tools")) else []
         untrained = _add_turns(messages, fields[name], name, ignored, unused)
-        return Row(line, messages, untrained=frozenset(untrained))
+        if tools and messages:
+            messages = calls.with_tools(messages, tools)
+        calls.check(messages, tools)
+        answers = [at for at, one in enumerate(messages, 1) if one["role"] == "assistant"]
+        if not answers:
+            raise ValueError(f"{name} has no turn of the assistant, which is what is learnt")
+        kept = messages[: answers[-1]]
+        for text in strings(kept):
+            _check_characters(text, name)
+        return Row(line, kept, untrained=frozenset(untrained), unanswered=len(kept) < len(messages))
     prompt, answer = (_text(fields[name], name) for name in FORMATS[form])
     if filled(fields.get("input")):
         prompt += "\n\n" + _text(fields["input"], "input")
@@ -407,15 +430,16 @@ def _add_turns(
         where = f"{name}, turn {number}: "
         if not isinstance(turn, dict):
             raise ValueError(f"{where}must be an object with 'role' and 'content'")
+        turn = {
+            plain(key) if plain(key) in KNOWN_KEYS else key: value
+            for key, value in turn.items()
+            if plain(key) not in ignored
+        }
         key = "role" if "role" in turn else "from"
         given = turn.get(key)
         role = ROLES.get(given) if isinstance(given, str) else None
         if role is None:
-            raise ValueError(
-                f"{where}{key} {given!r:.40} is not one of {', '.join(ROLES)}"
-                + "; calls of tools are not trained on yet" * (given in TOOL_ROLES)
-            )
-        # Keys beside the two come first: an answer of tool calls alone has no content.
+            raise ValueError(f"{where}{key} {given!r:.40} is not one of {', '.join(ROLES)}")
         counts = len(turn) == 2 or _trained_turn(turn, role, where, ignored, unused)
         content = turn.get("content", turn.get("value"))
         if role == "system" and not filled(content):
@@ -424,22 +448,46 @@ def _add_turns(
             raise ValueError(f"{where}a second system prompt, beside {given_system}; keep one")
         if role == "assistant" and not counts:
             untrained.add(len(messages))
-        messages.append({"role": role, "content": _content(content, f"turn {number}, content")})
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{name}: the last turn must be the assistant's, for that is what is learnt"
-        )
+        messages.append(_message(turn, str(given), role, content, where))
     return untrained
+
+
+def _message(turn: dict[str, Any], given: str, role: str, content: object, where: str) -> Message:
+    """One turn in the common form."""
+    name = f"{where}content"
+    if given == "function_call":
+        return {"role": role, "content": "", "tool_calls": calls.calls_of(content, where)}
+    made = calls.calls_of(turn.get("tool_calls"), where) if filled(turn.get("tool_calls")) else []
+    if (made or role == "tool") and not filled(content):
+        message: Message = {"role": role, "content": ""}
+    elif role == "tool" and not isinstance(content, str | list):
+        message = {"role": role, "content": dumps(content)}  # a result as an object
+    else:
+        message = {"role": role, "content": _content(content, name)}
+    if role == "tool":
+        for key in ("tool_call_id", "name"):
+            if filled(turn.get(key)):
+                message[key] = _text(turn[key], f"{where}{key}")
+    if role == "assistant":
+        if made:
+            message["tool_calls"] = made
+        thoughts = {_text(turn[key], where + key) for key in REASONING if filled(turn.get(key))}
+        if len(thoughts) > 1:
+            raise ValueError(f"{where}{', '.join(REASONING)}: two different reasonings; keep one")
+        if thoughts:
+            message["reasoning_content"] = thoughts.pop()
+    return message
 
 
 def _trained_turn(
     turn: dict[str, Any], role: str, where: str, ignored: Collection[str], unused: list[str]
 ) -> bool:
     """Whether a turn with more than its two keys is trained on; refuses keys that change its meaning."""
+    known = {*TURN_KEYS, *OWN_KEYS.get(role, ())}
     others = {
         key: value
         for key, value in turn.items()
-        if plain(key) not in TURN_KEYS and plain(key) not in ignored and filled(value)
+        if plain(key) not in known and plain(key) not in ignored and filled(value)
     }
     flags = {plain(key): value for key, value in others.items() if plain(key) in TURN_FLAGS}
     for key in others:
@@ -455,15 +503,15 @@ def _trained_turn(
 
 
 def _content(value: object, name: str) -> str:
-    """The text of a turn; OpenAI writes it as a list of parts too, of which one of text is read."""
+    """The text of a turn; OpenAI writes it as a list of parts too, whose texts are joined."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        if len(value) == 1 and value[0].get("type") == "text":
-            return _text(value[0].get("text"), name)
-        kinds = ", ".join(str(part.get("type")) for part in value)
-        raise ValueError(
-            f"{name} has {len(value)} parts ({kinds:.80}), and only text is trained on; write it "
-            "as one text"
-        )
+        others = {str(part.get("type")) for part in value} - {"text"}
+        if others:
+            raise ValueError(
+                f"{name} has a part of type {', '.join(sorted(others)):.80}, and only text is "
+                "trained on; remove it"
+            )
+        return "".join(_text(part.get("text"), name) for part in value)
     return _text(value, name)
 
 
@@ -472,6 +520,11 @@ def _text(value: object, name: str) -> str:
         raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.40})")
     if not value.strip():
         raise ValueError(f"{name} is empty")
+    _check_characters(value, name)
+    return value
+
+
+def _check_characters(value: str, name: str) -> None:
     if "\0" in value:
         raise ValueError(f"{name} holds a NUL character (at {value.index(chr(0)) + 1}); remove it")
     try:
@@ -481,7 +534,6 @@ def _text(value: object, name: str) -> str:
         raise ValueError(
             f"{name} holds half a character ({value[error.start]!r}); write the whole one"
         ) from None
-    return value
 
 
 def _label(value: object) -> str:

@@ -8,7 +8,26 @@ from etude.errors import UserError
 
 SHOWN = 10  # of lines, names or reasons; then their number
 TRUNCATED = "truncated, end token kept"
+PARTLY = "lose answers longer than max_length"
 DIVIDED = "split into several examples"
+CUT = "truncated inside the text, so that question and label stay"
+UNANSWERED = "end with messages after the last answer, which are left out"
+REWRITTEN = (
+    "make an example for each answer: what came before it is written otherwise than it was learnt"
+)
+JOINED = {
+    "system": "have a system prompt, written before the first question: the template has no system "
+    "role",
+    "reasoning": "have reasoning, written into the answer as <think>...</think>: the template has "
+    "no place for it",
+    "tools": "have tools, written into the text as Qwen2.5 does: the template does not know them",
+}
+EMPTY_THOUGHTS = (
+    "have answers without reasoning, before which the template writes empty thoughts, so the model "
+    "learns not to think; generation.thinking: false moves them into the prompt, where the template "
+    "has that switch"
+)
+THOUGHTLESS = "have reasoning, left out because generation.thinking is false"
 DUPLICATE = "duplicates of an earlier row"
 TYPED_END = (
     "with an answer that ends with a typed end token, which the model would learn to write as text; "

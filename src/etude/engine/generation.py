@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from etude.config.schema import Generation
+from etude.conversation.calling import Tools
+from etude.conversation.messages import Message
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError
 from etude.models import loading
@@ -15,7 +17,10 @@ class Response:
     """What a model wrote.
 
     Attributes:
-        text: without control tokens and what the template writes around an answer, stripped.
+        text: without control tokens, calls and what the template writes around an answer, stripped.
+        reasoning: the thoughts before it.
+        calls: the calls of tools, as a message has them.
+        malformed: whether a call has begun that cannot be read; it is in the text.
         tokens: how many were generated, the end token included.
         finished: whether the model ended by itself, not at the token limit or by an interrupt.
         interrupted: whether Ctrl-C cut it short.
@@ -25,6 +30,19 @@ class Response:
     tokens: int
     finished: bool
     interrupted: bool = False
+    reasoning: str = ""
+    calls: Sequence[dict[str, Any]] = ()
+    malformed: bool = False
+
+    @property
+    def message(self) -> Message:
+        """The response as a turn of a conversation."""
+        turn: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            turn["reasoning_content"] = self.reasoning
+        if self.calls:
+            turn["tool_calls"] = list(self.calls)
+        return turn
 
 
 def generate(
@@ -32,10 +50,14 @@ def generate(
     renderer: Renderer,
     prompts: Sequence[list[int]],
     settings: Generation,
-    on_text: Callable[[str], None] | None = None,
+    on_text: Callable[[str, bool], None] | None = None,
     origins: Sequence[str] = (),
+    tools: Sequence[Tools | None] = (),
 ) -> list[Response]:
     """Answer every prompt in one batch; with `on_text` (one prompt only) pieces come as they are made.
+
+    `on_text` gets a piece, and whether it is of the reasoning. `tools` are those of each prompt; where
+    there are none (None), a call stays text.
 
     Sampling: logits / temperature, then the `top_k` likeliest, then the smallest set that holds
     `top_p` of the probability (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the
@@ -51,18 +73,12 @@ def generate(
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     longest = max(map(len, prompts))
-    # Beyond its window a model fails or, with rotary positions, writes noise.
-    window = loading.window(model.config)
-    room = window - longest if window else settings.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"the text has {longest:,} tokens, and the model's window {window:,}; shorten it"
-        )
     pad = renderer.stop_ids[0]
     # Padded on the left: the next token must follow the prompt's last one in every row.
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    streamer = _Streamer(renderer, on_text) if on_text else None
+    each = tools or [None] * len(prompts)
+    streamer = _Streamer(renderer, on_text, each[0]) if on_text else None
     interrupted = False
     try:
         with torch.inference_mode():
@@ -70,7 +86,7 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=min(settings.max_new_tokens, room),
+                    max_new_tokens=_room(model, longest, settings),
                     eos_token_id=renderer.stop_ids,
                     pad_token_id=pad,
                     **_choice(settings),
@@ -83,7 +99,20 @@ def generate(
         if streamer is None:
             raise
         written, interrupted = [streamer.ids], True
-    return [_response(renderer, ids, interrupted) for ids in written]
+    return [
+        _response(renderer, ids, interrupted, own) for ids, own in zip(written, each, strict=True)
+    ]
+
+
+def _room(model: Any, longest: int, settings: Generation) -> int:
+    """How many tokens an answer may have."""
+    # Beyond its window a model fails or, with rotary positions, writes noise.
+    window = loading.window(model.config)
+    if window and window <= longest:
+        raise UserError(
+            f"the text has {longest:,} tokens, and the model's window {window:,}; shorten it"
+        )
+    return min(settings.max_new_tokens, window - longest if window else settings.max_new_tokens)
 
 
 def _choice(settings: Generation) -> dict[str, Any]:
@@ -95,11 +124,15 @@ def _choice(settings: Generation) -> dict[str, Any]:
     return {**values, **sampling, "do_sample": True}
 
 
-def _response(renderer: Renderer, ids: list[int], interrupted: bool) -> Response:
+def _response(
+    renderer: Renderer, ids: list[int], interrupted: bool, tools: Tools | None = None
+) -> Response:
     end = next((at for at, token in enumerate(ids) if token in renderer.stop_ids), None)
     used = ids if end is None else ids[: end + 1]
-    text = renderer.answer_text(used).strip()
-    return Response(text, len(used), end is not None, interrupted)
+    reasoning, text, calls, malformed = renderer.parts_of(used, tools)
+    return Response(
+        text.strip(), len(used), end is not None, interrupted, reasoning.strip(), calls, malformed
+    )
 
 
 class _Finite:
@@ -129,10 +162,16 @@ class _Streamer:
     the middle of its UTF-8 bytes decodes to U+FFFD until the rest has come.
     """
 
-    def __init__(self, renderer: Renderer, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        renderer: Renderer,
+        on_text: Callable[[str, bool], None],
+        tools: Tools | None = None,
+    ) -> None:
         self.ids: list[int] = []
+        self._tools = tools
         self._renderer, self._on_text = renderer, on_text
-        self._sent = 0
+        self._sent = [0, 0]  # characters of the answer, of the reasoning
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
@@ -141,15 +180,16 @@ class _Streamer:
             self._prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        text = self._renderer.answer_text(self.ids)
-        if not text.endswith("\ufffd"):
-            self._send(text)
+        reasoning, text, *_ = self._renderer.parts_of(self.ids, self._tools, writing=True)
+        if not (text or reasoning).endswith("\ufffd"):
+            self._send(reasoning, text)
 
     def end(self) -> None:
         """Receive the end of the response."""
-        self._send(self._renderer.answer_text(self.ids))
+        self._send(*self._renderer.parts_of(self.ids, self._tools)[:2])
 
-    def _send(self, text: str) -> None:
-        if len(text) > self._sent:
-            self._on_text(text[self._sent :])
-            self._sent = len(text)
+    def _send(self, reasoning: str, text: str) -> None:
+        for thinking, written in ((True, reasoning), (False, text)):
+            if len(written) > self._sent[thinking]:
+                self._on_text(written[self._sent[thinking] :], thinking)
+                self._sent[thinking] = len(written)

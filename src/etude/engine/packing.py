@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example, common
 from etude.errors import UserError, first_line
 from etude.models import device
 
@@ -70,7 +70,7 @@ def pack(examples: Sequence[Example], budget: int) -> Iterator[Pass]:
     size, logits, before = 0, 0, None
     for index in order:
         ids, supervised = examples[index].ids, examples[index].targets
-        shared = _common(before, ids) if before is not None else 0
+        shared = common(before, ids) if before is not None else 0
         full = size + len(ids) - shared > budget or logits + supervised > SUPERVISED_BUDGET
         if chosen and full:
             yield _packed(examples, chosen)
@@ -81,14 +81,6 @@ def pack(examples: Sequence[Example], budget: int) -> Iterator[Pass]:
         before = ids
     if chosen:
         yield _packed(examples, chosen)
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    for length, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return length
-    return min(len(first), len(second))
 
 
 def _packed(examples: Sequence[Example], chosen: Sequence[tuple[int, int]]) -> Pass:
@@ -186,12 +178,23 @@ GPU_BUDGET = 8192
 PROVEN = 16  # tokens of an example's end on which packing is proven
 
 
-def steps(seed: int, epoch: int, examples: int, rows: int) -> list[list[int]]:
-    """Which of `examples` examples each step of an epoch learns from, `rows` at a time."""
+def by_row(examples: Sequence[Example]) -> list[list[int]]:
+    """The indices of the examples that each row is learnt from, in one step."""
+    rows: list[list[int]] = []
+    for index, example in enumerate(examples):
+        if example.joined:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def steps(seed: int, epoch: int, rows: int, size: int) -> list[list[int]]:
+    """Which of `rows` rows each step of an epoch learns from, `size` at a time."""
     import numpy as np
 
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(examples).tolist()
-    return [order[start : start + rows] for start in range(0, examples, rows)]
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+    return [order[start : start + size] for start in range(0, rows, size)]
 
 
 @dataclass(frozen=True)

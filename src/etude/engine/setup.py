@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from etude.config.schema import Config
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine import packing
 from etude.errors import UserError
 from etude.models.device import Device, mixed_precision

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals, and paired tests of two models on the same rows."""
+"""How sure a figure is: bootstrap and Wilson intervals, and paired tests of two models on the same rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +45,27 @@ def confidence_intervals(
         "macro_f1": interval(f1.mean(axis=1)),
         "level": level,
         "samples": samples,
+    }
+
+
+def proportion(count: int, of: int, *, level: float) -> dict[str, float]:
+    """A share of rows with its Wilson interval, which holds for few rows and for shares of 0 and 1.
+
+    Source: Wilson, Journal of the American Statistical Association 22 (1927).
+
+    Returns:
+        share, low and high (0 to 1), count and of (rows), level.
+    """
+    from scipy.stats import binomtest
+
+    ends = binomtest(count, of).proportion_ci(level, method="wilson")
+    return {
+        "share": count / of,
+        "low": float(ends.low),
+        "high": float(ends.high),
+        "count": count,
+        "of": of,
+        "level": level,
     }
 
 

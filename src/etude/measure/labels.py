@@ -30,7 +30,16 @@ def measure_labels(
     labels = cast(list[str], table.labels)
     for notice in report.contradicting("test", len(table.rows), report.repeats(table.rows)[1]):
         log.info(notice)
-    prompts = [dataset.instruct(row.text, labels, settings.dataset) for row in table.rows]
+    room = dataset.check_labels(renderer, labels)
+    prompts, cut = [], []
+    for row in table.rows:
+        prompt, shorter = dataset.question(renderer, row.text, labels, settings.dataset, room)
+        prompts.append(prompt)
+        cut += [row.line] * shorter
+    if cut:
+        log.info(
+            "test: %d of %d rows %s: %s", len(cut), len(prompts), report.CUT, report.lines_of(cut)
+        )
     check_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
     if settings.evaluation.method == "likelihood":

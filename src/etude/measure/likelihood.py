@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from etude.config.schema import Config
-from etude.conversation.renderer import Example, Message, Renderer, RenderError
+from etude.conversation.encoding import Example, RenderError
+from etude.conversation.messages import Message
+from etude.conversation.renderer import Renderer
 from etude.data import dataset
 from etude.engine import packing
 from etude.errors import UserError
@@ -76,31 +78,21 @@ def label_log_likelihoods(
         UserError: two labels that the model would see as one, or a template that refuses a prompt.
     """
     dataset.check_labels(renderer, labels)
+    size = len(labels)
     try:
-        candidates = [
-            renderer.render([*prompt, {"role": "assistant", "content": label}])
+        answers = [
+            renderer.answer([*prompt, {"role": "assistant", "content": label}])
             for prompt in prompts
             for label in labels
         ]
     except RenderError as error:
         raise UserError(f"The chat template refuses a classification: {error}") from None
-    size = len(labels)
-    # Of a prompt with earlier answers in it, only the label counts.
-    answers = [last_answer(candidate) for candidate in candidates]
     if origins:
         answers = [
             dataclasses.replace(one, origin=origins[at // size]) for at, one in enumerate(answers)
         ]
     losses = sequence_losses(model, answers, settings, bar)
     return [[-loss for loss in losses[at : at + size]] for at in range(0, len(losses), size)]
-
-
-def last_answer(example: Example) -> Example:
-    """The same ids with only the last supervised stretch supervised."""
-    left = list(example.supervised)
-    end = len(left) - left[::-1].index(True)
-    start = end - left[:end][::-1].index(False)
-    return Example(example.ids, [start <= at < end for at in range(len(left))])
 
 
 def softmax(scores: Sequence[float]) -> list[float]:

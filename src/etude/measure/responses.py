@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from etude.config.schema import Config
-from etude.conversation.renderer import Example, Message, Renderer, RenderError
+from etude.conversation.calling import Tools
+from etude.conversation.encoding import Example, RenderError
+from etude.conversation.messages import Message
+from etude.conversation.renderer import Renderer
 from etude.data import dataset
 from etude.engine import generation
 from etude.errors import UserError
-from etude.measure import metrics, quality
-from etude.measure.likelihood import Bar, last_answer, no_bar, sequence_losses
+from etude.measure import calls, metrics, quality
+from etude.measure.likelihood import Bar, no_bar, sequence_losses
 from etude.models import loading
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,8 @@ def measure_responses(
 ) -> dict[str, Any]:
     """Perplexity of the references; for conversations also greedy responses, judged and compared.
 
+    Where a row has tools, the calls are compared with those of the reference.
+
     Raises:
         UserError: rows that cannot be measured, with their lines.
     """
@@ -35,17 +40,38 @@ def measure_responses(
     prompts = [row.messages[:-1] for row in table.rows]
     check_window(model, renderer, prompts, table, settings)
     origins = [f"{table.source}:{row.line}" for row in table.rows]
-    responses = respond(model, renderer, prompts, settings, origins, bar)
-    judgements = [
-        judge(prompt[-1]["content"] if prompt else "", response, settings)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    count = len(judgements)
+    tools = [calls.offered(row.messages) for row in table.rows]
+    responses = respond(model, renderer, prompts, settings, origins, bar, tools)
     texts = [response.text for response in responses]
+    measured = calls.call_metrics(
+        [row.messages for row in table.rows], responses, settings.evaluation.confidence
+    )
+    # Where a call is due, there are no words to compare or to judge.
+    worded = [at for at, row in enumerate(table.rows) if not row.messages[-1].get("tool_calls")]
+    judgements = {
+        at: judge(prompts[at][-1]["content"] if prompts[at] else "", responses[at], settings)
+        for at in worded
+    }
+    if judgements:
+        references = [table.rows[at].messages[-1]["content"] for at in worded]
+        compared = metrics.text_metrics(references, [texts[at] for at in worded])
+        result = {**compared, **result, **judged(list(judgements.values()))}
     return {
         **result,
-        **metrics.text_metrics([row.messages[-1]["content"] for row in table.rows], texts),
-        "finished": sum(response.finished for response in responses) / count,
+        "finished": sum(response.finished for response in responses) / len(responses),
+        **({"calls": measured, "compared": len(worded)} if measured else {}),
+        "predicted": [
+            judgements[at]["label"] if at in judgements else None for at in range(len(texts))
+        ],
+        "said": texts,
+        "called": [calls.functions(response.calls) for response in responses],
+    }
+
+
+def judged(judgements: Sequence[quality.Judgement]) -> dict[str, Any]:
+    """The mean quality of responses, how many have each label, and the mean of each heuristic."""
+    count = len(judgements)
+    return {
         "quality": sum(judgement["score"] for judgement in judgements) / count,
         "quality_labels": {
             label: sum(judgement["label"] == label for judgement in judgements)
@@ -55,8 +81,6 @@ def measure_responses(
             heuristic: sum(judgement["shares"][heuristic] for judgement in judgements) / count
             for heuristic in judgements[0]["shares"]
         },
-        "predicted": [judgement["label"] for judgement in judgements],
-        "said": texts,
     }
 
 
@@ -118,12 +142,11 @@ def own_perplexity(
     Raises:
         RenderError: the template does not take the response as an answer.
     """
-    turn: Message = {"role": "assistant", "content": response.text}
-    answer = last_answer(renderer.render([*prompt, turn]))
+    answer = renderer.answer([*prompt, response.message])
     supervised = list(answer.supervised)
     if not response.finished:  # the end token is the template's, not the model's
         supervised[len(supervised) - 1 - supervised[::-1].index(True)] = False
-    # What the template writes after an answer can reach beyond the window that the answer filled.
+    # Encoded again, an answer that filled the window can be longer.
     end = loading.window(model.config) or len(answer)
     answer = Example(answer.ids[:end], supervised[:end], "--text")
     (loss,) = sequence_losses(model, [answer], settings)
@@ -158,8 +181,7 @@ def check_window(
     labels, room = table.labels or [], ANSWER_TOKENS
     with contextlib.suppress(RenderError):  # scoring the labels says why
         answers: list[list[Message]] = [[{"role": "assistant", "content": one}] for one in labels]
-        start = len(renderer.prompt(prompts[0]))
-        sizes = [len(renderer.render(prompts[0] + answer)) - start for answer in answers]
+        sizes = [renderer.answer(prompts[0] + answer).targets for answer in answers]
         room = max([room, *sizes])
     beyond = [
         (f"{table.source}:{row.line}", size)
@@ -179,8 +201,13 @@ def respond(
     settings: Config,
     origins: Sequence[str],
     bar: Bar = no_bar,
+    tools: Sequence[Tools | None] = (),
 ) -> list[generation.Response]:
-    """Greedy responses to all prompts, in batches of like length, in the prompts' order."""
+    """Greedy responses to all prompts, in batches of like length, in the prompts' order.
+
+    `tools`: those of each prompt; where there are none (None), a call is text.
+    """
+    tools = tools or [None] * len(prompts)
     greedy = settings.generation.model_copy(update={"temperature": 0.0})
     ids = [renderer.prompt(prompt) for prompt in prompts]
     room = (loading.window(model.config) or math.inf) - max(map(len, ids))
@@ -195,7 +222,8 @@ def respond(
         for start in range(0, len(order), settings.evaluation.batch_size):
             chosen = order[start : start + settings.evaluation.batch_size]
             batch, lines = [ids[index] for index in chosen], [origins[index] for index in chosen]
-            answers = generation.generate(model, renderer, batch, greedy, None, lines)
+            own = [tools[index] for index in chosen]
+            answers = generation.generate(model, renderer, batch, greedy, None, lines, own)
             responses.update(zip(chosen, answers, strict=True))
             advance(len(chosen))
     return [responses[index] for index in range(len(ids))]

@@ -18,7 +18,7 @@ from etude.runs.manifest import current_environment
 
 # The settings that decide the figures of an evaluation, beside the weights and the rows.
 DECIDING = ("model.", "dataset.", "evaluation.", "generation.", "training.seed")
-PER_ROW = ("truth", "predicted", "said", "losses")  # kept in predictions.jsonl
+PER_ROW = ("truth", "predicted", "said", "called", "losses")  # kept in predictions.jsonl
 
 
 @contextlib.contextmanager

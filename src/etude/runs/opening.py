@@ -127,4 +127,6 @@ def renderer_for(
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {name}: cannot be read: {error}") from None
     # Raw text needs no template, so a bad one is an error of the first conversation.
-    return Renderer(base.tokenizer, template, config.dataset.system_prompt, date)
+    return Renderer(
+        base.tokenizer, template, config.dataset.system_prompt, date, config.generation.thinking
+    )

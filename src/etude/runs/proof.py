@@ -15,8 +15,8 @@ from typing import Any
 
 from etude import files
 from etude.config.schema import Config
-from etude.conversation.renderer import Example
-from etude.data import dataset
+from etude.conversation.encoding import Example
+from etude.data import dataset, splits
 from etude.engine import packing
 from etude.errors import UserError, shortage
 from etude.models import device, loading, lora
@@ -132,7 +132,7 @@ def verify(name: str) -> str:
     wanted = expected["loss"]
     examples: list[Example] = []
     try:
-        tables, notices = dataset.read_splits(settings.dataset, settings.training.seed)
+        tables, notices = splits.read_splits(settings.dataset, settings.training.seed)
         table = tables.get(wanted["split"])
         if table and table.fingerprint == wanted["data"]:
             window = loading.window(target.base.model.config)
@@ -166,7 +166,7 @@ def examine(
             f"{lora.digest(tensors):.12}, and the training ended with {expected['sha256']:.12}. "
             "Restore it from a copy, or train the run again"
         )
-    ids = examples[0].ids if examples else target.renderer.text("How are you today?").ids
+    ids = examples[0].ids if examples else target.renderer.encoder.raw("How are you today?").ids
     difference = logits_difference(model, ids[:64])
     if not 0 < difference < math.inf:
         raise UserError(

@@ -10,8 +10,10 @@ from rich import box
 from rich.table import Table
 
 from etude import files
+from etude.conversation.messages import dumps
 from etude.data.formats import Row
-from etude.data.report import TRUNCATED, Report
+from etude.data.report import CUT, TRUNCATED, Report
+from etude.measure.calls import functions
 from etude.runs import plots
 
 
@@ -42,7 +44,9 @@ def data_table(reports: Sequence[Report]) -> Table:
         "rows": [report.rows for report in reports],
         "kept": [report.kept for report in reports],
         "examples": [report.examples for report in reports],
-        "truncated": [len(report.noted.get(TRUNCATED, [])) for report in reports],
+        "truncated": [
+            sum(len(report.noted.get(what, [])) for what in (TRUNCATED, CUT)) for report in reports
+        ],
         "dropped": [report.rows - report.kept for report in reports],
         "tokens": [report.tokens for report in reports],
         "tokens lost": [report.lost for report in reports],
@@ -71,20 +75,23 @@ def shown(figures: dict[str, Any]) -> dict[str, str]:
                 "exact match": f"{figures['exact_match']:.3f}",
                 "ROUGE-L": f"{figures['rouge_l']:.3f}",
                 "chrF": f"{figures['chrf']:.1f}",
-                "stopped at EOS": f"{figures['finished']:.1%}",
                 "quality (heuristics)": f"{figures['quality']:.2f}",
                 "good / fair / poor": " / ".join(map(str, figures["quality_labels"].values())),
             }
+        if "finished" in figures:
+            rows["stopped at EOS"] = f"{figures['finished']:.1%}"
+        for name, of in figures.get("calls", {}).items():
+            rows[f"{name} [{of['level']:.0%} interval]"] = (
+                f"{_between(of['share'], of)} of {of['of']:,}"
+            )
+        if "compared" in figures:
+            rows["rows compared in words"] = f"{figures['compared']:,}"
         return rows
     intervals, macro = figures["intervals"], figures["macro"]
     level = f"[{intervals['level']:.0%} interval]"
-
-    def between(value: float, ends: dict[str, float]) -> str:
-        return f"{value:.3f} [{ends['low']:.3f}, {ends['high']:.3f}]"
-
     rows = {
-        f"accuracy {level}": between(figures["accuracy"], intervals["accuracy"]),
-        f"macro F1 {level}": between(macro["f1"], intervals["macro_f1"]),
+        f"accuracy {level}": _between(figures["accuracy"], intervals["accuracy"]),
+        f"macro F1 {level}": _between(macro["f1"], intervals["macro_f1"]),
         "macro precision": f"{macro['precision']:.3f}",
         "macro recall": f"{macro['recall']:.3f}",
         "weighted F1": f"{figures['weighted']['f1']:.3f}",
@@ -92,6 +99,11 @@ def shown(figures: dict[str, Any]) -> dict[str, str]:
     if figures["unparseable"]:
         rows["unparseable answers"] = str(figures["unparseable"])
     return rows
+
+
+def _between(value: float, ends: dict[str, float]) -> str:
+    """A figure with its interval."""
+    return f"{value:.3f} [{ends['low']:.3f}, {ends['high']:.3f}]"
 
 
 def perplexity(figures: dict[str, Any]) -> str:
@@ -214,7 +226,7 @@ def _prediction(row: Row, measured: dict[str, dict[str, Any]], at: int) -> dict[
     line: dict[str, Any] = {"line": row.line, "text": row.text, "messages": row.messages}
     line |= {"label": row.label, "quality": row.quality}
     for name, figures in measured.items():
-        found = {"predicted": "predicted", "said": "said", "loss": "losses"}
+        found = {"predicted": "predicted", "said": "said", "called": "called", "loss": "losses"}
         line[name] = {key: figures[many][at] for key, many in found.items() if many in figures}
     return {key: value for key, value in line.items() if value}
 
@@ -222,7 +234,7 @@ def _prediction(row: Row, measured: dict[str, dict[str, Any]], at: int) -> dict[
 def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: int = 5) -> str:
     """The first few responses side by side, as markdown; empty for classifications."""
     responses = {
-        name: figures["said"]
+        name: list(zip(figures["said"], figures["called"], strict=True))
         for name, figures in measured.items()
         if figures["kind"] == "responses" and "said" in figures
     }
@@ -231,10 +243,18 @@ def _examples(measured: dict[str, dict[str, Any]], rows: Sequence[Row], count: i
     lines = [
         [
             row.messages[-2]["content"] if len(row.messages) > 1 else "",
-            row.messages[-1]["content"],
-            *(said[at] for said in responses.values()),
+            _written(
+                row.messages[-1]["content"], functions(row.messages[-1].get("tool_calls", []))
+            ),
+            *(_written(*said[at]) for said in responses.values()),
         ]
         for at, row in enumerate(rows[:count])
     ]
     head = ["prompt", "reference", *responses]
     return "## Responses\n\n" + markdown_table(head, lines, "---")
+
+
+def _written(text: str, calls: Sequence[dict[str, Any]]) -> str:
+    """An answer and its calls in one line."""
+    written = (f"{call['name']}({dumps(call['arguments'])})" for call in calls)
+    return " ".join(part for part in (text, *written) if part)

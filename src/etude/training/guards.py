@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from etude import distributed
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine import packing
 from etude.errors import Stopped, UserError
 from etude.models import loading

@@ -22,7 +22,7 @@ from typing import Any
 
 from etude import distributed
 from etude.config.schema import Config
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine import packing
 from etude.engine.setup import Engine, configure_engine
 from etude.errors import UserError
@@ -130,9 +130,14 @@ def largest_pass(
     shares beginnings, more with padding.
     """
     training = settings.training
-    every = packing.steps(training.seed, 0, len(examples), training.rows_per_step)
+    rows = packing.by_row(examples)
+    every = packing.steps(training.seed, 0, len(rows), training.rows_per_step)
     steps = [
-        [examples[index] for index in step[distributed.RANK :: distributed.WORLD] or step]
+        [
+            examples[at]
+            for row in step[distributed.RANK :: distributed.WORLD] or step
+            for at in rows[row]
+        ]
         for step in every[: training.max_steps]
     ]
     looked_at = heapq.nlargest(
@@ -253,7 +258,7 @@ def _tokens(settings: Config, examples: dict[str, list[Example]], steps: int) ->
     """
     training = settings.training
     learnt, judged = (sum(map(len, examples.get(one, []))) for one in ("train", "validation"))
-    epoch = math.ceil(len(examples["train"]) / training.rows_per_step)
+    epoch = math.ceil(len(packing.by_row(examples["train"])) / training.rows_per_step)
     rounds = math.ceil(steps / (training.eval_steps or epoch))
     return (2 + training.gradient_checkpointing) * learnt * steps / epoch + judged * rounds
 

@@ -4,8 +4,10 @@ import datetime
 from typing import NamedTuple
 
 from etude.config.schema import Config
-from etude.conversation.renderer import Example, Renderer
+from etude.conversation.encoding import Example
+from etude.conversation.renderer import Renderer
 from etude.data import dataset
+from etude.engine import packing
 from etude.models import device, loading
 from etude.runs import opening
 from etude.training import memory, order
@@ -51,7 +53,7 @@ def plan_training(
     splits = dataset.encode_splits(tables, renderer, settings.dataset, window)
     reporter.show_data(splits, outline.tokenizer)
     examples = {name: split.examples for name, split in splits.items()}
-    steps = order.step_count(settings, len(examples["train"]))
+    steps = order.step_count(settings, len(packing.by_row(examples["train"])))
 
     def plan(changed: Config) -> memory.Plan:
         return memory.estimate(changed, outline, chosen, examples, steps)

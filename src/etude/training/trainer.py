@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from etude import distributed, files
 from etude.config.schema import Config
-from etude.conversation.renderer import Example
+from etude.conversation.encoding import Example
 from etude.engine import packing
 from etude.errors import UserError
 from etude.measure import metrics as measures
@@ -133,7 +133,7 @@ class StepTrainer(Trainer):
         examples: Any = self.train_dataset
         rows = self.args.train_batch_size * self.args.world_size
         sampler: Any = StepSampler(
-            len(examples), rows, self.args.seed, lambda: self.state.global_step
+            packing.by_row(examples), rows, self.args.seed, lambda: self.state.global_step
         )
         # A generator of its own: it draws a number each epoch, and dropout's are to go on unmoved.
         return torch.utils.data.DataLoader(
@@ -375,7 +375,9 @@ def fit(
     callbacks: list[Any] = [Recorder(folder, tally, on_step)]
     if settings.training.early_stopping_patience and validation:
         callbacks.append(EarlyStoppingCallback(settings.training.early_stopping_patience))
-    args = arguments(settings, device, folder, len(examples["train"]), bool(validation))
+    args = arguments(
+        settings, device, folder, len(packing.by_row(examples["train"])), bool(validation)
+    )
     loop = StepTrainer(
         cutter=cutter,
         tally=tally,
@@ -411,15 +413,17 @@ def fit(
 
 
 def arguments(
-    config: Config, device: Device, folder: Path, examples: int, validated: bool
+    config: Config, device: Device, folder: Path, rows: int, validated: bool
 ) -> TrainingArguments:
     """The TrainingArguments of a run; a step's examples are one batch of the Trainer's.
 
     Raises:
         UserError: a reporting library that is not installed.
     """
-    training, rows = config.training, config.training.rows_per_step
-    epoch = math.ceil(examples / rows)  # steps; whole steps alone can be resumed exactly
+    training = config.training
+    epoch = math.ceil(
+        rows / training.rows_per_step
+    )  # steps; whole steps alone can be resumed exactly
     missing = [name for name in config.output.report_to if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -427,7 +431,7 @@ def arguments(
         )
     made = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=rows // distributed.WORLD,
+        per_device_train_batch_size=training.rows_per_step // distributed.WORLD,
         learning_rate=training.learning_rate,
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
