@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from etude import __version__, chat, console, evaluation, files, screen, train_with_config
+from etude import __version__, chat, console, evaluation, export, files, screen, train_with_config
 from etude.config.loading import json_schema, load_config, to_yaml
 from etude.config.schema import Config
 from etude.errors import UserError, command
@@ -48,6 +48,13 @@ app.command(
         "etude chat runs/quickstart --compare",
     )
 )(chat.chat)
+app.command(
+    epilog=examples(
+        "etude export runs/quickstart exports/quickstart",
+        "etude export runs/quickstart exports/half --type f16",
+        "etude export runs/quickstart exports/again --data rows.jsonl",
+    )
+)(export.export)
 
 
 def print_version(wanted: bool) -> None:
@@ -64,6 +71,7 @@ def print_version(wanted: bool) -> None:
         "etude train my.yml            train; the result is a folder under runs/",
         "etude evaluate runs/default   measure it",
         "etude chat runs/default       talk to it",
+        "etude export runs/default out write it for other programs",
     )
 )
 def etude(

@@ -1,6 +1,7 @@
 """The chat templates of today: the text ones that TRL ships, each with the control tokens it writes."""
 
 import copy
+import datetime
 import re
 from functools import lru_cache
 from importlib.util import find_spec
@@ -250,3 +251,30 @@ def test_any_conversation(renderer_of, name, messages):
         return [i for i in renderer.prompt(talk) if i in special]
 
     assert controls(messages[:-1]) == controls(forms.map_strings(messages[:-1], harmless))
+
+
+@pytest.mark.parametrize("kind", ["single", "system", "tools", "reasoning"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_portable_template_gives_other_programs_the_same_prompts(renderer_of, name, kind):
+    plain = renderer_of(name)
+    text = 'Be "brief".\n{{ x }} %} é😀\\'
+    for system_prompt in (None, text):
+        renderer = Renderer(
+            plain.tokenizer, plain.template, system_prompt, datetime.date(2026, 1, 2)
+        )
+        messages = KINDS[kind][:-1]
+        try:
+            wanted = renderer.prompt(messages)
+        except RenderError:
+            continue
+        if system_prompt and "system" in renderer.lacks and "tools" in messages[0]:
+            continue  # the tools are written into a system message, before which it has no place
+        request = renderer.request(messages)
+        written = plain.tokenizer.apply_chat_template(
+            request["messages"],
+            tools=request["tools"],
+            chat_template=renderer.portable_template(),
+            add_generation_prompt=True,
+            return_dict=True,
+        )
+        assert written["input_ids"] == wanted

@@ -263,15 +263,19 @@ class Renderer:
         adapted = self._adapted(messages)
         return (adapted, {}) if clean else self.encoder.shield(adapted)
 
-    def _adapted(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with what the template lacks written into their contents."""
+    def _adapted(self, messages: Sequence[Message], system: bool = True) -> list[Message]:
+        """The messages with what the template lacks written into their contents.
+
+        `system`: with the system prompt, where they have none.
+        """
         adapted = list(messages)
-        if self.system_prompt is not None and (not adapted or adapted[0]["role"] != "system"):
-            system: Message = {"role": "system", "content": self.system_prompt}
+        prompted = system and self.system_prompt is not None
+        if prompted and (not adapted or adapted[0]["role"] != "system"):
+            first: Message = {"role": "system", "content": str(self.system_prompt)}
             if adapted and "tools" in adapted[0]:
-                system["tools"] = adapted[0]["tools"]
+                first["tools"] = adapted[0]["tools"]
                 adapted[0] = forms.without(adapted[0], "tools")
-            adapted = [system, *adapted]
+            adapted = [first, *adapted]
         if "reasoning" in self.lacks:
             adapted = [forms.join_reasoning(message) for message in adapted]
         else:
@@ -356,6 +360,38 @@ class Renderer:
                 f"{where}: the chat format differs from the one that this adapter was trained with "
                 f"({shown}). Use the same base and tokenizer as in training, or train again"
             )
+
+    # --- for other programs ----------------------------------------------------------------------
+
+    def portable_template(self) -> str | None:
+        """The template for other programs, which know no run: with its date, system prompt and thinking in it."""
+        if self._jinja is None:
+            return None
+        head = ""
+        if self.thinking != "auto":
+            value = str(self.thinking).lower()
+            head += (
+                "{%- if enable_thinking is not defined %}"
+                f"{{%- set enable_thinking = {value} %}}{{%- endif %}}"
+            )
+        if self.system_prompt is not None:
+            text = forms.dumps(self.system_prompt)
+            if "system" in self.lacks:
+                test = "messages and messages[0]['role'] == 'user'"
+                first = f"{{'role': 'user', 'content': {text} + '\\n\\n' + messages[0]['content']}}"
+                rest = "messages[1:]"
+            else:
+                test = "not messages or messages[0]['role'] != 'system'"
+                first, rest = f"{{'role': 'system', 'content': {text}}}", "messages"
+            head += f"{{%- if {test} %}}{{%- set messages = [{first}] + {rest} %}}{{%- endif %}}"
+        # A line break right after a block is no part of what is written.
+        return f"{head}\n{self._jinja}" if head else self._jinja
+
+    def request(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """A prompt's messages and tools, as another program gives them to `portable_template`."""
+        adapted = self._adapted(messages, system=False)
+        official = [_official(message, self._call_form) for message in adapted]
+        return {"messages": official, "tools": adapted[0].get("tools")}
 
     # --- what the template and the tokenizer do, found out on small conversations ------------------
 

@@ -89,7 +89,7 @@ def generate(
                     max_new_tokens=_room(model, longest, settings),
                     eos_token_id=renderer.stop_ids,
                     pad_token_id=pad,
-                    **_choice(settings),
+                    **choice(settings),
                 ),
                 streamer=streamer,
                 logits_processor=[_Finite(model, origins)],
@@ -115,7 +115,7 @@ def _room(model: Any, longest: int, settings: Generation) -> int:
     return min(settings.max_new_tokens, window - longest if window else settings.max_new_tokens)
 
 
-def _choice(settings: Generation) -> dict[str, Any]:
+def choice(settings: Generation) -> dict[str, Any]:
     """How the next token is chosen, in transformers' words."""
     values = {"repetition_penalty": settings.repetition_penalty}
     if settings.temperature == 0:

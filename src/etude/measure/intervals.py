@@ -105,3 +105,39 @@ def paired_losses(first: Sequence[float], second: Sequence[float]) -> dict[str, 
         "second_likelier": sum(difference > 0 for difference in differences),
         "p_value": float(wilcoxon(differences).pvalue) if any(differences) else 1.0,
     }
+
+
+def mean_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    sizes: Sequence[int],
+    *,
+    level: float,
+    seed: int,
+) -> dict[str, float]:
+    """Second minus first in the mean over all tokens, with its percentile bootstrap interval over rows.
+
+    Args:
+        first: sums of a model, one for each row.
+        second: sums of another model on the same rows.
+        sizes: tokens of each row.
+        level: coverage, strictly between 0 and 1.
+        seed: of the 2,000 draws.
+
+    Returns:
+        difference, low and high (per token), level.
+    """
+    import numpy as np
+
+    differences, tokens = np.subtract(second, first), np.asarray(sizes)
+    rows = len(tokens)
+    draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), 2000)
+    low, high = np.quantile(
+        (draws @ differences) / (draws @ tokens), [(1 - level) / 2, (1 + level) / 2]
+    )
+    return {
+        "difference": float(differences.sum() / tokens.sum()),
+        "low": float(low),
+        "high": float(high),
+        "level": level,
+    }

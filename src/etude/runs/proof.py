@@ -81,28 +81,36 @@ def mean_loss(model: Any, settings: Config, examples: Sequence[Example]) -> floa
     return total / count
 
 
+def in_process(module: str, out: Path, *arguments: object) -> dict[str, Any]:
+    """Run `python -m MODULE ARGUMENTS OUT` in a new process; what it wrote to OUT, else its "problem"."""
+    # Not one of several processes any more, where torchrun started this one.
+    left_out = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
+    plain = {key: value for key, value in os.environ.items() if key not in left_out}
+    # -P: a file torch.py in the folder where the user stands is not to be imported.
+    command = [sys.executable, "-P", "-m", module, *map(str, arguments), str(out)]
+    done = subprocess.run(command, capture_output=True, errors="replace", env=plain)
+    found = files.read_json(out) if out.is_file() else {}
+    if found.keys() - {"problem"}:
+        return found
+    problem = found.get("problem") or done.stderr.strip().rpartition("\n")[2]
+    if not problem or done.returncode < 0:  # below 0: the signal that killed it
+        problem = f"it ended with code {done.returncode}, most likely for want of memory"
+    return {"problem": problem}
+
+
 def in_a_new_process(folder: Path) -> str:
     """Verify the run in `folder` in a new process, which opens it as a user will; returns the proof in words.
 
     Raises:
         UserError: the proof fails, or the process was ended, most likely for want of memory.
     """
-    # Not one of several processes any more, where torchrun started this one.
-    left_out = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
-    plain = {key: value for key, value in os.environ.items() if key not in left_out}
     with files.scratch(folder) as work:
-        # -P: a file torch.py in the folder where the user stands is not to be imported.
-        command = [sys.executable, "-P", "-m", __name__, str(folder), str(work / PROOF)]
-        done = subprocess.run(command, capture_output=True, errors="replace", env=plain)
-        found = files.read_json(work / PROOF) if (work / PROOF).is_file() else {}
+        found = in_process(__name__, work / PROOF, folder)
     if "proof" in found:
         return str(found["proof"])
-    problem = found.get("problem") or done.stderr.strip().rpartition("\n")[2]
-    if not problem or done.returncode < 0:  # below 0: the signal that killed it
-        problem = f"it ended with code {done.returncode}, most likely for want of memory"
     raise UserError(
         f"{folder}: the adapter was saved, but a new process could not verify it, so the run is not "
-        f"finished: {problem:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
+        f"finished: {found['problem']:.2000}\nOnce that is fixed, {how_to_continue(folder)}"
     )
 
 
