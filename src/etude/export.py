@@ -90,7 +90,3 @@ def show(figures: dict[str, Any]) -> None:
         )
     answers = figures["answers"]
     console.say("answers", f"{answers['same']} of {answers['of']} greedy answers are the same")
-
-
-if __name__ == "__main__":
-    typer.run(export)

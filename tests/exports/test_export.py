@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from etude.cli import app
+from etude.config.schema import Lora
 from etude.exports import merged, opened, proof, questions
 from etude.measure import intervals
 from etude.models import lora
@@ -283,12 +284,18 @@ def test_losses_through_the_cache_are_those_of_whole_texts(run):
 
 
 @pytest.mark.real
-def test_the_sample_is_exported(tmp_path, data):
+def test_the_sample_with_an_adapter_made_elsewhere(tmp_path, data, same_process):
+    target = opening.open_target("smollm2-135m", ["model.dtype=float32", "training.use_cpu=true"])
+    tuned = lora.attach(target.base.model, Lora(r=8, alpha=16), "smollm2-135m")
+    for name, weights in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.02)
+    lora.save(tuned, tmp_path / "adapter")
     rows = tmp_path / "few.jsonl"
-    rows.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
-    run = train(
-        "smollm2-135m", rows, tmp_path / "run", "training.max_steps=2", "model.dtype=float32"
+    rows.write_text("".join(data.read_text().splitlines(keepends=True)[:6]))
+    result = etude(
+        "export", tmp_path / "adapter", tmp_path / "out", "--data", rows, "--type", "f16"
     )
-    result = etude("export", run, tmp_path / "out", "--type", "f16")
     assert result.exit_code == 0, result.output
+    assert "6 of 6 prompts" in said(result)
     shutil.rmtree(tmp_path / "out")
