@@ -239,7 +239,7 @@ def test_the_version_is_printed():
 
 def test_every_command_shows_examples():
     names = [info.callback.__name__ for info in app.registered_commands]
-    assert len(names) == 9
+    assert len(names) == 10
     for name in ["", *names]:
         shown = invoke(*filter(None, [name]), "--help").stdout
         assert "Examples:" in shown or name == "schema", name

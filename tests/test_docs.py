@@ -36,9 +36,12 @@ MODULES = {"train_with_config": train_with_config.train, "evaluation": evaluatio
 RUN_FILES = {
     "adapter_model.safetensors", "adapter_config.json", "manifest.json", "proof.json", "started.json", "metrics.jsonl",
     ".etude-lock", "loss.png", "checkpoints/", "evaluation/", "report.md", "report.json", "predictions.jsonl",
-    "confusion-*.png",
+    "confusion-*.png", "export.json",
 }  # fmt: skip
-READERS_FILES = {"my.yml", "mine.yml", "reviews.csv", "./merged", ".venv/bin/activate"}
+READERS_FILES = {
+    "my.yml", "mine.yml", "reviews.csv", "./merged", ".venv/bin/activate", "rows.jsonl",
+    "generation_config.json", "chat_template.jinja",
+}  # fmt: skip
 SUFFIXES = ("py", "yml", "yaml", "md", "json", "jsonl", "csv", "parquet", "png", "safetensors",
             "toml", "lock", "sh", "jinja")  # fmt: skip
 DIAGRAMS = ("flowchart ", "sequenceDiagram", "stateDiagram-v2", "classDiagram", "graph ")
@@ -275,7 +278,7 @@ def test_every_data_format_has_an_example_that_is_read(tmp_path):
 
 def exists(name):
     """Whether a name is a file or folder here, in src/etude or its presets, or in a run."""
-    if name in READERS_FILES or name.startswith("runs/"):
+    if name in READERS_FILES or name.startswith(("runs/", "exports/", "./exports/")):
         return True
     if name in RUN_FILES:
         # Files of a run: the code names each of them.

@@ -293,9 +293,7 @@ def test_the_sample_with_an_adapter_made_elsewhere(tmp_path, data, same_process)
     lora.save(tuned, tmp_path / "adapter")
     rows = tmp_path / "few.jsonl"
     rows.write_text("".join(data.read_text().splitlines(keepends=True)[:6]))
-    result = etude(
-        "export", tmp_path / "adapter", tmp_path / "out", "--data", rows, "--type", "f16"
-    )
+    result = etude("export", tmp_path / "adapter", tmp_path / "out", "--data", rows)
     assert result.exit_code == 0, result.output
     assert "6 of 6 prompts" in said(result)
     shutil.rmtree(tmp_path / "out")

@@ -377,7 +377,10 @@ class Renderer:
         if self.system_prompt is not None:
             text = forms.dumps(self.system_prompt)
             if "system" in self.lacks:
-                test = "messages and messages[0]['role'] == 'user'"
+                test = (
+                    "messages and messages[0]['role'] == 'user' "
+                    f"and not messages[0]['content'].startswith({text})"
+                )
                 first = f"{{'role': 'user', 'content': {text} + '\\n\\n' + messages[0]['content']}}"
                 rest = "messages[1:]"
             else:
@@ -389,7 +392,9 @@ class Renderer:
 
     def request(self, messages: Sequence[Message]) -> dict[str, Any]:
         """A prompt's messages and tools, as another program gives them to `portable_template`."""
-        adapted = self._adapted(messages, system=False)
+        # Tools that the template lacks are written into the system message, which then is there.
+        written = "tools" in self.lacks and bool(messages[0].get("tools"))
+        adapted = self._adapted(messages, system=written)
         official = [_official(message, self._call_form) for message in adapted]
         return {"messages": official, "tools": adapted[0].get("tools")}
 

@@ -17,8 +17,9 @@ from etude.runs.opening import Target
 from etude.runs.proof import in_process
 
 # How far the mean loss may be from the trained model's, relative and in nats: float32 sums in another
-# order; bfloat16 keeps 8 bits of each weight, which moved the sample's loss by 0.3 %; float16 keeps 11.
-TOLERANCE = {"f32": (1e-4, 1e-5), "f16": (0.005, 0.0025), "bf16": (0.02, 0.01)}
+# order; bfloat16 keeps 8 bits of each weight, which moved the sample's loss by 0.3 %; float16 keeps 11, and
+# moved it by 0.4 %, for what is computed is rounded too.
+TOLERANCE = {"f32": (1e-4, 1e-5), "f16": (0.01, 0.005), "bf16": (0.02, 0.01)}
 # Rounding may move the losses of the rows by this share of what the adapter moved them by.
 SHARE = 0.25
 NOISE = 1e-4  # nats per token that it may move them by in any case
