@@ -33,7 +33,7 @@ from pygments.lexers import get_lexer_by_name
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs"
 # The pages of docs/, in the order of the navigation.
-GUIDE = ["installation", "keys", "data", "evaluation", "chat", "export", "run-folder", "interruption",
+GUIDE = ["installation", "keys", "data", "conversations", "evaluation", "chat", "export", "run-folder", "interruption",
          "processes", "troubleshooting", "faq", "learning-path"]  # fmt: skip
 TEXTS = ["README.md", *(f"docs/{name}.md" for name in GUIDE), "PROJECT_FLOW.md", "CONTRIBUTING.md",
          "AGENTS.md", "CHANGELOG.md", "benchmarks/README.md", "data/README.md", f"{FOLDER}/README.md"]  # fmt: skip

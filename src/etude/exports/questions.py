@@ -7,7 +7,7 @@ from typing import Any
 from etude.conversation import messages as forms
 from etude.conversation.encoding import Example
 from etude.conversation.messages import Message
-from etude.data import dataset
+from etude.data import dataset, splits
 from etude.errors import UserError
 from etude.models import loading
 from etude.runs.opening import Target
@@ -66,14 +66,14 @@ def read(target: Target, data: str | None) -> Questions:
         table = dataset.read(data, settings.dataset)
     else:
         try:
-            tables, _ = dataset.read_splits(settings.dataset, settings.training.seed)
+            tables, _ = splits.read_splits(settings.dataset, settings.training.seed)
         except UserError as error:
             raise UserError(
                 f"An export is proven on the run's data, which cannot be read: {error}. "
                 "Bring it back, or give rows of the same form: --data FILE"
             ) from None
         table = tables.get("validation", tables["train"])
-    table = dataset.sample(table, ROWS, settings.training.seed)
+    table = splits.sample(table, ROWS, settings.training.seed)
     window = loading.window(target.base.model.config)
     examples = dataset.encode(table, renderer, settings.dataset, "validation", window).examples
     kept = {example.origin for example in examples}
