@@ -8,8 +8,10 @@ block that follows is what is printed, `...` standing for anything.
 
 import contextlib
 import doctest
+import importlib
 import io
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -20,6 +22,9 @@ from typing import NamedTuple
 
 import pytest
 from test_docs import check_command
+
+import etude
+from etude.models import device
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "COMMENTED_CODE").glob("*.md") if path.name != "README.md")
@@ -69,6 +74,19 @@ def run_python(code, name):
     return printed.getvalue()
 
 
+@contextlib.contextmanager
+def unchanged():
+    """What an example sets in our modules (device.CONTAINER, say) is put back: other tests run in this process."""
+    names = [found.name for found in pkgutil.walk_packages(etude.__path__, "etude.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            vars(module).update(kept)
+
+
 def run_bash(code, folder):
     """Run the commands of a shell example; what they printed."""
     lines = command_lines(code)
@@ -96,7 +114,8 @@ def run(example, name, folder):
             check_command(shlex.split(line.partition(" | ")[0], comments=True))
         return
     if example.language == "python":
-        printed = run_python(example.code, name)
+        with unchanged():
+            printed = run_python(example.code, name)
     else:
         printed = run_bash(example.code, folder)
     if example.output is not None:
@@ -136,6 +155,15 @@ def test_the_examples_of_a_page_run(path, project):
 
 
 # --- the harness itself ----------------------------------------------------------------------
+
+
+def test_an_example_leaves_our_modules_as_they_were():
+    before = device.CONTAINER
+    code = "from etude.models import device\ndevice.CONTAINER = 'x'\nprint(device.CONTAINER)"
+    with unchanged():
+        assert run_python(code, "example") == "x\n"
+    assert before == device.CONTAINER
+
 
 GOOD = """# x.py
 
