@@ -112,8 +112,9 @@ def compare(
     if not (close and loss["moved"] <= max(NOISE, SHARE * loss["effect"])):
         faults.append(
             f"weights: the mean loss is {loss['export']:.6f}, the trained model's "
-            f"{loss['trained']:.6f} and the base's {loss['base']:.6f}; a row differs by "
-            f"{loss['moved']:.2g} nats a token, and the adapter is worth {loss['effect']:.2g}. "
+            f"{loss['trained']:.6f} and the base's {loss['base']:.6f}; rows differ by "
+            f"{loss['moved']:.2g} nats a token on average, where the adapter moved them by "
+            f"{loss['effect']:.2g}. "
             f"Rounding to {kind} explains a mean within {relative:.2%}, and {SHARE:.0%} of what the "
             "adapter is worth" + ("; --type f32 rounds nothing" * (kind != "f32"))
         )
