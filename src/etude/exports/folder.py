@@ -36,6 +36,7 @@ def new(out: Path) -> Iterator[Path]:
         for file in place.iterdir():
             files.usual_mode(file)
             files.flush(file)
+        files.flush(place)
         check_free(out)  # another program may have taken it meanwhile
         place.rename(out)
         files.flush(out.parent)
