@@ -155,6 +155,13 @@ def test_what_a_template_lacks_is_written_into_the_text(renderer_of):
     assert '<tool_response>\n{"sky": "grey"}\n</tool_response>' in text
 
 
+def test_tools_stay_where_a_system_prompt_joins_the_first_question():
+    system = {"role": "system", "content": "Be kind.", "tools": [TOOL]}
+    (joined, answer) = forms.join_system([system, *KINDS["single"]])
+    assert joined == {"role": "user", "content": "Be kind.\n\nHi?", "tools": [TOOL]}
+    assert answer == KINDS["single"][1]
+
+
 def test_the_switch_of_thinking(renderer_of):
     def parts(thinking, kind="single"):
         renderer = renderer_of("qwen3", thinking)

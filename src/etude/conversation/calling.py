@@ -18,7 +18,7 @@ from typing import Any
 
 NAME, OTHER = "find_place", "find_person"
 ARGUMENTS: dict[str, Any] = {"city": "Rome", "count": 41}
-RAW = 'a "b"\nc'  # a text that tells whether a format escapes
+RAW = 'a "b"\nc'  # a text that shows whether a format escapes
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from etude.conversation.messages import Message
+from etude.conversation.messages import Message, with_tools
 from etude.conversation.renderer import Renderer
 from etude.errors import UserError, first_line
 from etude.files import read_text, write_text
@@ -44,11 +44,6 @@ def fit(
             f"window of {window:,} less max_new_tokens {reserve:,}. Shorten it, or lower the latter"
         )
     return kept(dropped), dropped
-
-
-def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    """The messages with the tools on the first."""
-    return [{**messages[0], "tools": tools}, *messages[1:]] if messages and tools else messages
 
 
 @dataclass

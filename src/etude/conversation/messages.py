@@ -95,7 +95,8 @@ def join_system(messages: Sequence[Message]) -> list[Message]:
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return list(messages)
     system, user, *rest = messages
-    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    joined: Message = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+    return with_tools([joined, *rest], system.get("tools", []))
 
 
 def join_tools(messages: Sequence[Message]) -> list[Message]:
@@ -123,6 +124,11 @@ def join_tools(messages: Sequence[Message]) -> list[Message]:
     if first["role"] == "system":
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
     return [{"role": "system", "content": text}, first, *rest]
+
+
+def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """The messages with the tools on the first."""
+    return [{**messages[0], "tools": tools}, *messages[1:]] if messages and tools else messages
 
 
 def without(message: Message, key: str) -> Message:

@@ -29,11 +29,7 @@ from etude.conversation.messages import ROLES, Message
 from etude.errors import UserError, first_line
 
 ANOTHER_WAY = "the template writes the prompt of an answer in another way once it is answered"
-CALL: dict[str, Any] = {
-    "type": "function",
-    "id": "call00001",
-    "function": {"name": "look_up", "arguments": {"place": "Rome"}},
-}
+CALL = calling.call("look_up", place="Rome")
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -145,13 +141,12 @@ class Renderer:
             RenderError: unknown role, or a template that refuses, alters or drops a message.
         """
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        clean = not any(map(self.encoder.pattern.search, forms.strings(list(messages))))
         examples: list[Example] = []
         ids: list[int] = []
         supervised = bytearray()
         for at in answers:
             try:
-                prompt, target = self._turn(messages[: at + 1], clean)
+                prompt, target = self._turn(messages[: at + 1])
             except RenderError:
                 if at != answers[0] or any(m["role"] == "user" for m in messages[:at]):
                     raise
@@ -188,14 +183,9 @@ class Renderer:
         self._check_kept(messages, text)
         return self.encoder.start(text, originals)
 
-    def _turn(
-        self, messages: Sequence[Message], clean: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """The ids of the prompt of the last message, an answer, and those that the model is to write.
-
-        `clean`: no message spells a control token.
-        """
-        messages, originals = self._shielded(messages, clean)
+    def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The ids of the prompt of the last message, an answer, and those that the model is to write."""
+        messages, originals = self._shielded(messages)
         before = messages[:-1]
         if self._thinks_if_asked and "reasoning_content" in messages[-1]:
             raise RenderError(
@@ -253,15 +243,12 @@ class Renderer:
             )
         return target + following
 
-    def _shielded(
-        self, messages: Sequence[Message], clean: bool = False
-    ) -> tuple[list[Message], dict[int, str]]:
+    def _shielded(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
         """The messages as the template takes them, and what its output's stand-ins stand for."""
         for message in messages:
             if message["role"] not in ROLES:
                 raise RenderError(f"unknown role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        adapted = self._adapted(messages)
-        return (adapted, {}) if clean else self.encoder.shield(adapted)
+        return self.encoder.shield(self._adapted(messages))
 
     def _adapted(self, messages: Sequence[Message], system: bool = True) -> list[Message]:
         """The messages with what the template lacks written into their contents.
@@ -272,10 +259,8 @@ class Renderer:
         prompted = system and self.system_prompt is not None
         if prompted and (not adapted or adapted[0]["role"] != "system"):
             first: Message = {"role": "system", "content": str(self.system_prompt)}
-            if adapted and "tools" in adapted[0]:
-                first["tools"] = adapted[0]["tools"]
-                adapted[0] = forms.without(adapted[0], "tools")
-            adapted = [first, *adapted]
+            tools = adapted[0].get("tools", []) if adapted else []
+            adapted = forms.with_tools([first, *adapted], tools)
         if "reasoning" in self.lacks:
             adapted = [forms.join_reasoning(message) for message in adapted]
         else:
@@ -551,7 +536,7 @@ class Renderer:
             if begun.startswith(before):
                 thought, closed, rest = begun[len(before) :].partition(between)
                 if not closed:
-                    thought = _held_back(thought.lstrip(), between, more)
+                    thought = _held_back(thought.lstrip(), between) if more else thought.lstrip()
                     return Parts(self.encoder.without_control(thought), "")
                 text = rest.lstrip()
                 opening = "" if opening.endswith(between) else opening
@@ -564,7 +549,7 @@ class Renderer:
             return Parts("", "")
         text, calls, malformed = self._without_calls(text, tools, writing and more)
         text = text if more or not closing else text.rstrip()
-        text = _held_back(text, closing, more) if more else text.removesuffix(closing)
+        text = _held_back(text, closing) if more else text.removesuffix(closing)
         thought, text = (
             self.encoder.without_control(thought).strip(),
             self.encoder.without_control(text),
@@ -578,7 +563,7 @@ class Renderer:
         if self._calls is None or tools is None:
             return text, [], False
         if writing:
-            return _held_back(text[: self._calls.begun(text)], self._calls.mark, True), [], False
+            return _held_back(text[: self._calls.begun(text)], self._calls.mark), [], False
         try:
             return *self._calls.parse(text, tools), False
         except calling.Malformed:
@@ -616,10 +601,8 @@ def _official(message: Message, call_form: int) -> dict[str, Any]:
     return official
 
 
-def _held_back(text: str, ending: str, more: bool) -> str:
+def _held_back(text: str, ending: str) -> str:
     """`text` without what may become `ending` when more is written."""
-    if not more:
-        return text
     written = text.rstrip()
     for size in range(len(ending), 0, -1):
         if written.endswith(ending[:size]):

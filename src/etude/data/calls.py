@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from etude.conversation.messages import Message
+from etude.conversation.messages import Message, with_tools
 
 # A call as Hermes and Qwen write it into the text of an answer.
 WRITTEN = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -61,7 +61,7 @@ def calls_of(value: object, where: str) -> list[dict[str, Any]]:
     return found
 
 
-def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+def with_parsed_calls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
     """The messages with the tools on the first; calls in the text of an answer become calls.
 
     A system prompt that announces tools itself (Hermes) keeps its way: then both stay text.
@@ -69,9 +69,7 @@ def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Mes
     first = messages[0]
     if first["role"] == "system" and "<tools>" in first["content"]:
         return messages
-    changed = [_parsed_answer(message) for message in messages]
-    changed[0] = {**changed[0], "tools": tools}
-    return changed
+    return with_tools([_parsed_answer(message) for message in messages], tools)
 
 
 def _parsed_answer(message: Message) -> Message:

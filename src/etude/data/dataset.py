@@ -335,13 +335,14 @@ def encode(
             fates.longest = max(fates.longest, len(part))
         examples += parts
         fates.kept += bool(parts)
+        fates.note(report.REWRITTEN, [row.line] * (bool(row.messages) and len(parts) > 1))
         if row.label is not None and parts:
             fates.labels[row.label] = fates.labels.get(row.label, 0) + 1
             different.add((row.key, row.label))
     fates.examples = len(examples)
     numbers = Counter(label for _, label in different)
     fates.few = {label: numbers[label] for label in table.labels or [] if numbers[label] < 2}
-    _note_conversations(table, renderer, examples, fates)
+    _note_conversations(table, renderer, fates)
     _check_examples(examples, fates, table, window)
     return Split(table, examples, fates)
 
@@ -374,13 +375,8 @@ def _classified(
     return shorter
 
 
-def _note_conversations(
-    table: Table, renderer: Renderer, examples: Sequence[Example], fates: Report
-) -> None:
+def _note_conversations(table: Table, renderer: Renderer, fates: Report) -> None:
     """Note what the template made of the conversations."""
-    prefix = len(table.source) + 1
-    several = {int(one.origin[prefix:]): None for one in examples if one.joined}
-    fates.note(report.REWRITTEN, [*several])
     rows = table.rows
     fates.note(report.UNANSWERED, [row.line for row in rows if row.unanswered])
     for part, about in report.JOINED.items():

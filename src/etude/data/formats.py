@@ -378,7 +378,7 @@ def row_of(
         tools = calls.tools_of(fields["tools"]) if filled(fields.get("tools")) else []
         untrained = _add_turns(messages, fields[name], name, ignored, unused)
         if tools and messages:
-            messages = calls.with_tools(messages, tools)
+            messages = calls.with_parsed_calls(messages, tools)
         calls.check(messages, tools)
         answers = [at for at, one in enumerate(messages, 1) if one["role"] == "assistant"]
         if not answers:
@@ -440,7 +440,7 @@ def _add_turns(
         role = ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise ValueError(f"{where}{key} {given!r:.40} is not one of {', '.join(ROLES)}")
-        counts = len(turn) == 2 or _trained_turn(turn, role, where, ignored, unused)
+        counts = len(turn) == 2 or _trained_turn(turn, role, where, unused)
         content = turn.get("content", turn.get("value"))
         if role == "system" and not filled(content):
             continue  # as good as none
@@ -479,16 +479,10 @@ def _message(turn: dict[str, Any], given: str, role: str, content: object, where
     return message
 
 
-def _trained_turn(
-    turn: dict[str, Any], role: str, where: str, ignored: Collection[str], unused: list[str]
-) -> bool:
+def _trained_turn(turn: dict[str, Any], role: str, where: str, unused: list[str]) -> bool:
     """Whether a turn with more than its two keys is trained on; refuses keys that change its meaning."""
     known = {*TURN_KEYS, *OWN_KEYS.get(role, ())}
-    others = {
-        key: value
-        for key, value in turn.items()
-        if plain(key) not in known and plain(key) not in ignored and filled(value)
-    }
+    others = {key: value for key, value in turn.items() if key not in known and filled(value)}
     flags = {plain(key): value for key, value in others.items() if plain(key) in TURN_FLAGS}
     for key in others:
         if why := why_refused(key):
