@@ -195,6 +195,11 @@ BROKEN = {
     "section-typo": ("# a\n# b\ntrainig:\n  seed: 1\n", 3, "trainig: unknown key; did you mean training?"),
     "twice": ("lora:\n  r: 8\n  alpha: 16\n  r: 16\n", 4, "lora.r: duplicate key (first at "),
     "section-twice": ("lora:\n  r: 8\nlora:\n  alpha: 1\n", 3, "lora: duplicate key (first at "),
+    "switch": (
+        "generation:\n  thinking: flase\n",
+        2,
+        "generation.thinking: 'flase' should be 'auto', True or False",
+    ),
     "quoted-number": ("lora:\n  r: '8'\n", 2, "lora.r: '8' should be a valid integer"),
     "fraction": ("lora:\n  r: 8.5\n", 2, "lora.r: 8.5 should be a valid integer"),
     "range": (

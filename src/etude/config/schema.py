@@ -222,8 +222,8 @@ class Generation(Section):
     """above 1 discourages repeated tokens"""
     seed: Seed | None = None
     """the same answers each time; null varies"""
-    thinking: bool | Literal["auto"] = "auto"
-    """true | false: the switch of templates that know one (in training too); auto: their default"""
+    thinking: Literal["auto", True, False] = "auto"
+    """auto | true | false: the switch of templates that know one (in training too); auto: their default"""
 
 
 class Output(Section):
